@@ -1,0 +1,147 @@
+"""Weight formats: a sparsity pattern times a value type, both described in ``csrc/layouts.h``.
+
+``WeightFormat`` is what the rest of the package knows: it names the packed tensors of a layer, packs and decodes them,
+and counts their bytes. ``decode`` on torch tensors is the reference every kernel is tested against.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..errors import CaloraError
+from . import layout
+from .layout import LAYOUT_VERSION, Geometry
+from .values import VALUES, Quantized
+
+__all__ = ["LAYOUT_VERSION", "Geometry", "Quantized", "WeightFormat"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one layer's weight is stored.
+
+    values: ``"int4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1 for
+    one scale per row; only int4 has groups. symmetric: False stores a zero point per group (int4 only).
+    Raises :class:`CaloraError` for a combination without meaning.
+    """
+
+    values: str = "int4"
+    group_size: int = 64
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        if self.values not in VALUES:
+            raise CaloraError(f"unknown weights {self.values!r}; choose one of {', '.join(sorted(VALUES))}")
+        if not VALUES[self.values].grouped:
+            if not self.symmetric:
+                raise CaloraError(f"{self.values} has no zero points; use symmetric=True")
+            object.__setattr__(self, "group_size", -1)
+        elif self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+            raise CaloraError(f"group_size must be -1 (one scale per row) or a multiple of 32, got {self.group_size}")
+
+    @property
+    def id(self) -> int:
+        """The number that the operators take: 16 * pattern + values."""
+        return 16 * layout.PATTERN_IDS["dense"] + layout.VALUE_IDS[self.values]
+
+    def __str__(self) -> str:
+        group = "" if self.group_size == -1 else f" g{self.group_size}"
+        return f"{self.values}{group}{'' if self.symmetric else ' asymmetric'}"
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def geometry(self, in_features: int, out_features: int) -> Geometry:
+        return Geometry(self.values, in_features, out_features, self.group_size)
+
+    def tensors(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the packed tensors of a layer, all uint8, in the order the operators take them."""
+        g = self.geometry(in_features, out_features)
+        shapes: dict[str, tuple[int, ...]] = {"packed": g.packed_shape}
+        if not self.symmetric:
+            shapes["zeros"] = g.zeros_shape
+        return shapes
+
+    def nbytes(self, in_features: int, out_features: int) -> int:
+        """Bytes on disk and in RAM, scales, zero points and padding included."""
+        return sum(torch.Size(shape).numel() for shape in self.tensors(in_features, out_features).values())
+
+    def bits_per_weight(self, in_features: int, out_features: int) -> float:
+        return 8 * self.nbytes(in_features, out_features) / (in_features * out_features)
+
+    def quantize(self, weight: Tensor) -> Quantized:
+        """Round a weight (out, in) to nearest. Raises CaloraError for NaN, infinity or a scale beyond fp16."""
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise CaloraError(f"a weight must be a 2-D floating-point tensor, got {tuple(weight.shape)} {weight.dtype}")
+        if not torch.isfinite(weight).all():
+            raise CaloraError("the weight holds NaN or infinite values; the checkpoint is damaged or training diverged")
+        g = self.geometry(weight.shape[1], weight.shape[0])
+        w = pad(weight.detach().float(), (0, g.columns - g.in_features)).view(g.out_features, g.blocks, g.block_columns)
+        codes, scale, zero = VALUES[self.values].quantize(w, self.symmetric)
+        if scale is not None and not torch.isfinite(scale).all():
+            raise CaloraError("a weight is too large for an fp16 scale; rescale the layer or keep it in bf16")
+        return Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero)
+
+    def pack_quantized(self, q: Quantized) -> dict[str, Tensor]:
+        """The packed tensors of codes that are already chosen (by rounding, GPTQ, an importer)."""
+        g = self.geometry(q.codes.shape[1], q.codes.shape[0])
+        rows, columns = g.tiles * layout.TILE_ROWS - g.out_features, g.columns - g.in_features
+        value_type = VALUES[self.values]
+        # Padding decodes to 0: its code is the zero point; padding rows have scale 0 and the middle zero point.
+        zero = None if q.zero is None else pad(q.zero, (0, 0, 0, rows), value=8)
+        codes = pad(q.codes, (0, columns, 0, rows)).view(-1, g.blocks, g.block_columns)
+        is_padding = pad(torch.zeros_like(q.codes, dtype=torch.bool), (0, columns, 0, rows), value=True).view_as(codes)
+        filler = torch.as_tensor(value_type.padding(zero)).to(codes.dtype)
+        data = layout.tile_codes(torch.where(is_padding, filler, codes).view(-1, g.columns), g)
+        if q.scale is not None:
+            data = torch.cat((data, layout.tile_scales(pad(q.scale, (0, 0, 0, rows)), g)), dim=-1)
+        packed = {"packed": data.reshape(g.packed_shape)}
+        if zero is not None:
+            packed["zeros"] = layout.tile_zeros(zero, g)
+        return packed
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round to nearest and pack a weight (out, in)."""
+        return self.pack_quantized(self.quantize(weight))
+
+    def unpack(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Quantized:
+        """Inverse of :meth:`pack_quantized`, exactly."""
+        g = self.geometry(in_features, out_features)
+        self.check(packed, in_features, out_features)
+        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
+        codes = layout.untile_codes(data[..., : g.code_bytes], g)[:out_features, :in_features]
+        scale = zero = None
+        if g.block_bytes > g.code_bytes:
+            scale = layout.untile_scales(data[..., g.code_bytes :], g)[:out_features]
+        if not self.symmetric:
+            zero = layout.untile_zeros(packed["zeros"], g)[:out_features]
+        return Quantized(codes, scale, zero)
+
+    def decode(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Tensor:
+        """The dense weight (out, in) in float32: the reference of every kernel."""
+        g = self.geometry(in_features, out_features)
+        q = self.unpack(packed, in_features, out_features)
+        codes = pad(q.codes, (0, g.columns - in_features)).view(out_features, g.blocks, g.block_columns)
+        dense = VALUES[self.values].dequantize(codes, q.scale, q.zero)
+        return dense.view(out_features, g.columns)[:, :in_features].contiguous()
+
+    def check(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> None:
+        """Raises CaloraError unless names, shapes and dtypes are those of this format and every scale is finite."""
+        expected = self.tensors(in_features, out_features)
+        if set(packed) != set(expected):
+            raise CaloraError(f"packed tensors {sorted(packed)} do not belong to {self}, which has {sorted(expected)}")
+        for name, shape in expected.items():
+            if tuple(packed[name].shape) != shape or packed[name].dtype != torch.uint8:
+                raise CaloraError(
+                    f"{name} is {tuple(packed[name].shape)} {packed[name].dtype}; a {out_features} x {in_features} layer "
+                    f"in {self} has {shape} uint8: the file belongs to another model or is damaged"
+                )
+        g = self.geometry(in_features, out_features)
+        if g.block_bytes > g.code_bytes:
+            data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., g.code_bytes :]
+            if not torch.isfinite(data.contiguous().view(torch.float16)).all():
+                raise CaloraError("a packed weight has a scale that is not finite; the file is damaged")

@@ -1,0 +1,118 @@
+"""How codes lie in the packed bytes: the Python side of ``csrc/layouts.h``, which draws the pictures.
+
+Everything here is the slow, obvious version on torch tensors; the kernels read the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAYOUT_VERSION = 1
+TILE_ROWS = 32  # rows in a tile
+COLUMN_ALIGN = 32  # columns are padded to a multiple of this, or of the group
+TILE_ALIGN = 64  # bytes; packed tensors are multiples of it
+SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a quantised block
+ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
+
+VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2}
+PATTERN_IDS = {"dense": 0}
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
+STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 8}  # columns in one 128-byte step of a tile
+
+
+def round_up(n: int, to: int) -> int:
+    return (n + to - 1) // to * to
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where everything of one packed weight lies; the fields mirror ``calora::Geometry``."""
+
+    values: str
+    in_features: int
+    out_features: int
+    group_size: int  # columns that share a scale, or -1 for all of them
+
+    @property
+    def tiles(self) -> int:
+        return round_up(self.out_features, TILE_ROWS) // TILE_ROWS
+
+    @property
+    def columns(self) -> int:
+        return round_up(self.in_features, self.group_size if self.group_size > 0 else COLUMN_ALIGN)
+
+    @property
+    def block_columns(self) -> int:
+        return self.group_size if self.group_size > 0 else self.columns
+
+    @property
+    def blocks(self) -> int:
+        return self.columns // self.block_columns
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one block."""
+        return TILE_ROWS * self.block_columns * BITS[self.values] // 8
+
+    @property
+    def block_bytes(self) -> int:
+        return self.code_bytes + (SCALE_BYTES if self.values != "bf16" else 0)
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        return (self.tiles, self.blocks * self.block_bytes)
+
+    @property
+    def zeros_shape(self) -> tuple[int]:
+        return (round_up(self.tiles * self.blocks * ZERO_BYTES, TILE_ALIGN),)
+
+
+def tile_codes(codes: Tensor, g: Geometry) -> Tensor:
+    """Bytes of the codes, (tiles, blocks, code_bytes) uint8.
+
+    codes: (tiles * 32, columns), already padded; uint8 for int4 and int8, bfloat16 for bf16.
+    """
+    step = STEP_COLUMNS[g.values]
+    c = codes.view(g.tiles, TILE_ROWS, g.blocks, g.block_columns // step, step).permute(0, 2, 3, 1, 4)
+    if g.values == "int4":
+        c = c[..., :4] | (c[..., 4:] << 4)
+    return c.contiguous().view(torch.uint8).view(g.tiles, g.blocks, g.code_bytes)
+
+
+def untile_codes(data: Tensor, g: Geometry) -> Tensor:
+    """Inverse of :func:`tile_codes`: (tiles, blocks, code_bytes) uint8 -> (tiles * 32, columns)."""
+    step = STEP_COLUMNS[g.values]
+    if g.values == "bf16":
+        data = data.contiguous().view(torch.bfloat16)
+    c = data.reshape(g.tiles, g.blocks, g.block_columns // step, TILE_ROWS, -1)
+    if g.values == "int4":
+        c = torch.cat((c & 15, c >> 4), dim=-1)
+    return c.permute(0, 3, 1, 2, 4).reshape(g.tiles * TILE_ROWS, g.columns)
+
+
+def tile_scales(scale: Tensor, g: Geometry) -> Tensor:
+    """(tiles * 32, blocks) fp16 -> (tiles, blocks, 64) uint8."""
+    return scale.view(g.tiles, TILE_ROWS, g.blocks).transpose(1, 2).contiguous().view(torch.uint8)
+
+
+def untile_scales(data: Tensor, g: Geometry) -> Tensor:
+    """(tiles, blocks, 64) uint8 -> (tiles * 32, blocks) fp16."""
+    return data.contiguous().view(torch.float16).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)
+
+
+def tile_zeros(zero: Tensor, g: Geometry) -> Tensor:
+    """(tiles * 32, blocks) uint8 zero points -> the padded ``zeros`` tensor, uint8."""
+    z = zero.view(g.tiles, 2, TILE_ROWS // 2, g.blocks)
+    nibbles = (z[:, 0] | (z[:, 1] << 4)).transpose(1, 2).reshape(-1)  # (tiles, blocks, 16)
+    out = zero.new_zeros(g.zeros_shape)
+    out[: nibbles.numel()] = nibbles
+    return out
+
+
+def untile_zeros(data: Tensor, g: Geometry) -> Tensor:
+    """Inverse of :func:`tile_zeros`."""
+    n = data[: g.tiles * g.blocks * ZERO_BYTES].view(g.tiles, g.blocks, ZERO_BYTES)
+    return torch.cat((n & 15, n >> 4), dim=-1).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)

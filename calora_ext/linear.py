@@ -1,0 +1,138 @@
+"""``CompressedLinear``: an ``nn.Linear`` whose weight is packed bytes, and the read-only view that stands for ``.weight``.
+
+It subclasses nn.Linear because transformers and PEFT find layers by ``isinstance`` and probe ``.weight.dtype``; the view
+gives shape, dtype and device for free, decodes on first use, and refuses writes (a write would be lost silently).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from . import ops
+from .errors import CaloraError
+from .formats import WeightFormat
+
+_READ_ONLY = "CompressedLinear.weight is a decoded, read-only view; merge adapters with calora_ext.merge_adapter"
+
+
+class DecodedView(torch.Tensor):
+    """The dense weight of a CompressedLinear: decoded when its values are read, never stored, never written."""
+
+    @staticmethod
+    def __new__(cls, layer: CompressedLinear) -> DecodedView:
+        view = torch.Tensor._make_wrapper_subclass(
+            cls, (layer.out_features, layer.in_features), dtype=layer.compute_dtype, device=layer.packed.device
+        )
+        view._layer = layer
+        view._is_hf_initialized = True  # transformers' weight initialisation leaves it alone
+        return view
+
+    def __repr__(self) -> str:
+        return f"DecodedView({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        # These descriptors are created afresh on each access: `is` never matches.
+        if func == torch.Tensor.data.__set__:
+            raise CaloraError(_READ_ONLY)
+        if func == torch.Tensor.data.__get__ or func is torch.Tensor.detach:
+            return args[0]
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0]._layer)
+        if func._schema.is_mutable and isinstance(args[0], cls):
+            raise CaloraError(_READ_ONLY)
+        decoded = lambda a: a._layer.decode().to(a.dtype) if isinstance(a, cls) else a  # noqa: E731
+        return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
+
+
+class CompressedLinear(nn.Linear):
+    """Drop-in for nn.Linear with a packed weight and a low-rank bank (LoRA + recovery) beside it.
+
+    in_features, out_features: as in nn.Linear. bias: whether there is one. fmt: the weight format. dtype: what
+    ``.weight.dtype`` reports and the bias is stored in. The packed tensors (uint8) are buffers named by ``fmt.tensors``;
+    they start uninitialised: use :meth:`from_linear`, or load a state dict.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, dtype=None, device=None) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.format = fmt
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        self.activations = "int8"
+        self.bank: nn.Module | None = None  # lowrank.LowRankBank once an adapter is loaded
+        for name, shape in fmt.tensors(in_features, out_features).items():
+            self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, fmt: WeightFormat, packed: dict[str, Tensor] | None = None) -> CompressedLinear:
+        """Pack an nn.Linear, or transformers' Conv1D (transposed once, here). packed: tensors already chosen for it.
+
+        Raises CaloraError for another kind of module, or for weights that are not finite.
+        """
+        weight = dense_weight(linear)
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, linear.bias is not None, fmt, weight.dtype, "meta")
+        packed = fmt.pack(weight) if packed is None else packed
+        fmt.check(packed, in_features, out_features)
+        for name, tensor in packed.items():
+            setattr(layer, name, tensor)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        return DecodedView(self)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.format.tensors(self.in_features, self.out_features)}
+
+    def decode(self) -> Tensor:
+        """The dense weight, (out_features, in_features) float32."""
+        return ops.decode(list(self.packed_tensors().values()), self.format, self.in_features, self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = up = None
+        identity_rank = 0
+        if self.bank is not None:
+            down, up, identity_rank = self.bank.factors()
+        return ops.linear(
+            x, list(self.packed_tensors().values()), self.format, self.in_features, self.out_features,
+            self.bias, down, up, identity_rank, self.activations,
+        )  # fmt: skip
+
+    def reset_parameters(self) -> None:
+        """Nothing to initialise: the packed weight comes from a checkpoint or from_linear."""
+
+    def _apply(self, fn, recurse=True):
+        # uint8 buffers are not cast by .to(dtype); the dtype that .weight reports follows, as nn.Linear's would.
+        super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.packed.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        bits = self.format.bits_per_weight(self.in_features, self.out_features)
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight"
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight of an nn.Linear or transformers Conv1D as (out_features, in_features)."""
+    if isinstance(linear, CompressedLinear):
+        raise CaloraError("this layer is compressed already; start from the dense model")
+    if isinstance(linear, nn.Linear):
+        return linear.weight.detach()
+    if type(linear).__name__ == "Conv1D" and getattr(linear, "weight", None) is not None and linear.weight.dim() == 2:
+        return linear.weight.detach().t()
+    raise CaloraError(f"cannot compress a {type(linear).__name__}; expected nn.Linear or transformers' Conv1D")

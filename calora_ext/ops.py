@@ -1,0 +1,145 @@
+"""The Python door to the native operators: loading, shapes for tracing, derivatives, autocast.
+
+    y = x W^T + bias + phi(x D^T) U^T
+
+x: (..., in_features). W is packed (``formats``). down D: (rank, in_features); up U: (out_features, rank), or tiled
+(``tile_up``) for inference. phi is the identity on the first ``identity_rank`` rows and GELU (erf) on the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .errors import CaloraError
+from .formats import WeightFormat
+from .formats.layout import TILE_ROWS
+
+ACTIVATIONS = {"exact": 0, "int8": 1}
+RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
+
+_LIBRARY = Path(__file__).parent / "lib" / "libcalora.so"
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"{_LIBRARY.name} is missing: the package was not built. Run `pip install .` in the source folder (torch installed first)."
+    )
+_cap = os.environ.get("CALORA_ISA")
+if _cap is not None and _cap not in RUNGS:
+    raise CaloraError(f"CALORA_ISA={_cap!r} is not a rung; choose one of {', '.join(RUNGS)}")
+torch.ops.load_library(str(_LIBRARY))
+
+from . import _native  # noqa: E402  (links against the library loaded above)
+
+native = _native
+
+
+def linear(
+    x: Tensor,
+    packed: list[Tensor],
+    fmt: WeightFormat,
+    in_features: int,
+    out_features: int,
+    bias: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    identity_rank: int = 0,
+    activations: str = "int8",
+) -> Tensor:
+    """The fused layer. Where a gradient is recorded the exact path runs, so that backward is the derivative of forward.
+
+    float16 x (which no CPU kernel takes) is computed in float32 and returned as float16.
+    """
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias)):
+        activations = "exact"
+    if x.dtype == torch.float16:
+        return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
+                      identity_rank, activations).half()  # fmt: skip
+    return torch.ops.calora.linear(
+        x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, None, ACTIVATIONS[activations]
+    )
+
+
+def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int, rows: slice | None = None) -> Tensor:
+    """Rows of the dense weight, float32, by the native decoder."""
+    begin, end = (0, out_features) if rows is None else (rows.start, rows.stop)
+    return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
+
+
+def tile_up(up: Tensor) -> Tensor:
+    """(out_features, rank) -> (tiles, rank, 32): the order in which decoding streams it. Padding rows are 0."""
+    out_features, rank = up.shape
+    tiles = -(-out_features // TILE_ROWS)
+    return pad(up, (0, 0, 0, tiles * TILE_ROWS - out_features)).view(tiles, TILE_ROWS, rank).transpose(1, 2).contiguous()
+
+
+@torch.library.register_fake("calora::linear")
+def _(x, packed, format, in_features, out_features, group_size, bias, down, up, identity_rank, row_adapter, activations):
+    torch._check(x.shape[-1] == in_features, lambda: f"calora: the last dimension of x must be {in_features}")
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("calora::linear_dx")
+def _(grad, packed, format, in_features, out_features, group_size):
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@torch.library.register_fake("calora::decode")
+def _(packed, format, in_features, out_features, group_size, row_begin, row_end):
+    return packed[0].new_empty((row_end - row_begin, in_features), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    x, packed, fmt, in_features, out_features, group_size, bias, down, up, identity_rank, _, activations = inputs
+    if activations != ACTIVATIONS["exact"]:
+        raise CaloraError("int8 activations have no derivative; call calora::linear with activations=0 where gradients are recorded")
+    ctx.save_for_backward(x, down, up, *packed)
+    ctx.layer = (fmt, in_features, out_features, group_size)
+    ctx.identity_rank = identity_rank
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    x, down, up, *packed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    grad = grad.to(x.dtype)
+    dx = torch.ops.calora.linear_dx(grad, packed, *ctx.layer) if need[0] else None
+    d_down = d_up = None
+    if down is not None:
+        if up.dim() != 2:
+            raise CaloraError("a tiled up matrix is for inference; train with up as (out_features, rank)")
+        # The bank is small: fp32 throughout, whatever x is.
+        x2, g2 = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float()
+        t = x2 @ down.float().t()
+        active = gelu_rows(t, ctx.identity_rank)
+        if need[8]:
+            d_up = (g2.t() @ active).to(up.dtype)
+        dt = g2 @ up.float() * gelu_rows_derivative(t, ctx.identity_rank)
+        if need[7]:
+            d_down = (dt.t() @ x2).to(down.dtype)
+        if dx is not None:
+            dx = dx + (dt @ down.float()).to(dx.dtype).view_as(dx)
+    d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if need[6] else None
+    return dx, [None] * len(packed), None, None, None, None, d_bias, d_down, d_up, None, None, None
+
+
+def gelu_rows(t: Tensor, identity_rank: int) -> Tensor:
+    """phi of t (..., rank): identity on the first identity_rank entries, GELU (erf) on the rest."""
+    if identity_rank == t.shape[-1]:
+        return t
+    return torch.cat((t[..., :identity_rank], torch.nn.functional.gelu(t[..., identity_rank:])), dim=-1)
+
+
+def gelu_rows_derivative(t: Tensor, identity_rank: int) -> Tensor:
+    """phi'(t): 1 on the first identity_rank entries, Phi(t) + t * density(t) of the normal distribution on the rest."""
+    z = t[..., identity_rank:]
+    density = torch.exp(-0.5 * z * z) * 0.3989422804014327  # 1 / sqrt(2 pi)
+    slope = 0.5 * (1 + torch.erf(z * 0.7071067811865476)) + z * density
+    return torch.cat((torch.ones_like(t[..., :identity_rank]), slope), dim=-1)
+
+
+torch.library.register_autograd("calora::linear", _backward, setup_context=_setup_context)
+torch.library.register_autocast("calora::linear", "cpu", torch.bfloat16)

@@ -1,0 +1,170 @@
+// The normative rung: plain loops, double accumulation. Slow on purpose; every other rung is tested against it.
+#include <cmath>
+#include <cstring>
+
+#include "../kernels.h"
+
+namespace calora {
+namespace {
+
+float from_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+uint16_t to_bf16(float f) {  // round to nearest even; a NaN stays a NaN
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof f);
+  if (std::isnan(f)) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+float from_fp16(uint16_t h) {
+  const int sign = h >> 15, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  const float magnitude = exponent == 31 ? (mantissa ? NAN : INFINITY)
+                        : exponent      ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25)
+                                        : std::ldexp(static_cast<float>(mantissa), -24);
+  return sign ? -magnitude : magnitude;
+}
+
+float load(const void* p, DType dtype, int64_t i) {
+  return dtype == DType::f32 ? static_cast<const float*>(p)[i] : from_bf16(static_cast<const uint16_t*>(p)[i]);
+}
+
+void store(void* p, DType dtype, int64_t i, float v) {
+  if (dtype == DType::f32) static_cast<float*>(p)[i] = v;
+  else static_cast<uint16_t*>(p)[i] = to_bf16(v);
+}
+
+uint16_t load16(const uint8_t* p) {
+  uint16_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Code minus zero point, and scale, of one weight: column k of row n.
+struct Element { int code; float scale; };
+
+Element element(const Weight& w, int64_t n, int64_t k) {
+  const int64_t tile = n / kTileRows, row = n % kTileRows, block = k / w.g.block_columns, c = k % w.g.block_columns;
+  const uint8_t* p = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes;
+  const float scale = from_fp16(load16(p + code_bytes(w.values, w.g.block_columns) + 2 * row));
+  if (w.values == Values::int8) return {p[c / 4 * 128 + 4 * row + c % 4] - kInt8Zero, scale};
+  const uint8_t byte = p[c / 8 * 128 + 4 * row + c % 4];
+  int zero = kInt4Zero;
+  if (w.zeros) {
+    const uint8_t z = w.zeros[(tile * w.g.blocks + block) * kZeroBytes + row % 16];
+    zero = row < 16 ? z & 15 : z >> 4;
+  }
+  return {(c % 8 < 4 ? byte & 15 : byte >> 4) - zero, scale};
+}
+
+float value(const Weight& w, int64_t n, int64_t k) {
+  if (w.values == Values::bf16)
+    return from_bf16(load16(w.packed + n / kTileRows * w.g.tile_bytes + k / 2 * 128 + 4 * (n % kTileRows) + 2 * (k % 2)));
+  const Element e = element(w, n, k);
+  return e.scale * static_cast<float>(e.code);
+}
+
+// int8 activations: per row and block, scale = amax / 127, round half to even. A NaN or an infinity makes the scale NaN.
+void prepare(const LinearArgs& a, int64_t begin, int64_t end) {
+  const Geometry& g = a.w.g;
+  for (int64_t m = begin; m < end; ++m) {
+    auto x = [&](int64_t k) { return k < a.w.in_features ? load(a.x, a.x_dtype, m * a.w.in_features + k) : 0.0f; };
+    if (a.activations == Activations::exact) {
+      for (int64_t k = 0; k < g.columns; ++k) a.xf[m * g.columns + k] = x(k);
+      continue;
+    }
+    for (int64_t b = 0; b < g.blocks; ++b) {
+      float amax = 0;
+      bool finite = true;
+      for (int64_t c = 0; c < g.block_columns; ++c) {
+        amax = std::fmax(amax, std::fabs(x(b * g.block_columns + c)));
+        finite = finite && std::isfinite(x(b * g.block_columns + c));
+      }
+      const bool tiny = amax < 1e-30f;  // 127 / amax would overflow
+      const float inverse = tiny || !finite ? 0.0f : 127.0f / amax;
+      int32_t sum = 0;
+      for (int64_t c = 0; c < g.block_columns; ++c) {
+        const int64_t k = b * g.block_columns + c;
+        const auto q = finite ? static_cast<int8_t>(std::nearbyintf(x(k) * inverse)) : int8_t{0};
+        a.xq[m * g.columns + k] = q;
+        sum += q;
+      }
+      a.x_scale[m * g.blocks + b] = !finite ? NAN : tiny ? 0.0f : amax / 127.0f;
+      a.x_sum[m * g.blocks + b] = sum;
+    }
+  }
+}
+
+void bank_down(const LinearArgs& a, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end) {
+  const int64_t in = a.w.in_features;
+  for (int64_t m = row_begin; m < row_end; ++m)
+    for (int64_t r = rank_begin; r < rank_end; ++r) {
+      double sum = 0;
+      for (int64_t k = 0; k < in; ++k)
+        sum += static_cast<double>(load(a.x, a.x_dtype, m * in + k)) * load(a.bank.down, a.bank.dtype, r * in + k);
+      if (r >= a.bank.identity_rank) sum = 0.5 * sum * (1.0 + std::erf(sum * 0.70710678118654752440));
+      a.t[m * a.bank.rank + r] = static_cast<float>(sum);
+    }
+}
+
+double base_sum(const LinearArgs& a, int64_t m, int64_t n) {
+  const Geometry& g = a.w.g;
+  double sum = 0;
+  if (a.activations == Activations::exact) {
+    for (int64_t k = 0; k < a.w.in_features; ++k)
+      sum += static_cast<double>(a.xf[m * g.columns + k]) * value(a.w, n, k);
+    return sum;
+  }
+  for (int64_t b = 0; b < g.blocks; ++b) {
+    int32_t dot = 0;  // |dot| <= 127 * 127 * columns: 2^31 is reached above 133,000 columns, refused by the op
+    float scale = 0;
+    for (int64_t c = 0; c < g.block_columns; ++c) {
+      const Element e = element(a.w, n, b * g.block_columns + c);
+      dot += e.code * a.xq[m * g.columns + b * g.block_columns + c];
+      scale = e.scale;
+    }
+    sum += static_cast<double>(dot) * a.x_scale[m * g.blocks + b] * scale;
+  }
+  return sum;
+}
+
+void tiles(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
+  const int64_t out = a.w.out_features, rank = a.bank.rank;
+  const int64_t row_end = tile_end * kTileRows < out ? tile_end * kTileRows : out;
+  for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t n = tile_begin * kTileRows; n < row_end; ++n) {
+      double sum = base_sum(a, m, n);
+      if (a.bias) sum += load(a.bias, a.bias_dtype, n);
+      for (int64_t r = 0; r < rank; ++r) {
+        const int64_t at = a.bank.tiled ? (n / kTileRows * rank + r) * kTileRows + n % kTileRows : n * rank + r;
+        sum += static_cast<double>(a.t[m * rank + r]) * load(a.bank.up, a.bank.dtype, at);
+      }
+      store(a.y, a.x_dtype, m * out + n, static_cast<float>(sum));
+    }
+}
+
+void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) {
+  for (int64_t n = begin; n < end; ++n)
+    for (int64_t k = 0; k < w.in_features; ++k) out[(n - begin) * w.in_features + k] = value(w, n, k);
+}
+
+void backward_chunks(const BackwardArgs& a, int64_t begin, int64_t end) {
+  const int64_t in = a.w.in_features, out = a.w.out_features;
+  const int64_t last = end * kColumnAlign < in ? end * kColumnAlign : in;
+  for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t k = begin * kColumnAlign; k < last; ++k) {
+      double sum = 0;
+      for (int64_t n = 0; n < out; ++n) sum += static_cast<double>(load(a.grad, a.dtype, m * out + n)) * value(a.w, n, k);
+      store(a.dx, a.dtype, m * in + k, static_cast<float>(sum));
+    }
+}
+
+}  // namespace
+
+const Kernels kReference = {"reference", prepare, bank_down, tiles, decode_rows, backward_chunks};
+
+}  // namespace calora

@@ -1,0 +1,92 @@
+// What a CPU rung is: a table of plain function pointers over plain structs. Torch-free and ISA-free; each rung
+// (reference, avx2, avx2-vnni, avx512, avx512-vnni) is one translation unit that fills one Kernels.
+//
+//   y = x W^T + bias + phi(x D^T) U^T          phi = identity on the first identity_rank rows of D, GELU(erf) on the rest
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "layouts.h"
+
+namespace calora {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+enum class Activations : int { exact = 0, int8 = 1 };
+
+constexpr int64_t kDecodeRows = 8;  // M <= 8 streams the packed weight once ("decode"); above it decodes panels ("prefill")
+
+struct Weight {
+  const uint8_t* packed;  // geometry(...).bytes(), see layouts.h
+  const uint8_t* zeros;   // geometry(...).zeros_bytes(), or null: the zero point is the middle code
+  Values values;
+  int64_t in_features, out_features;
+  Geometry g;
+};
+
+struct Bank {
+  const void* down;       // (rank, in_features) row-major
+  const void* up;         // (out_features, rank) row-major, or tiled: (tiles, rank, 32)
+  DType dtype;            // of both
+  bool tiled;
+  int64_t rank, identity_rank;
+};
+
+// One call. x and y share x_dtype. The workspace is laid out by plan() and written by prepare() and bank_down().
+struct LinearArgs {
+  const void* x;          // (m, in_features) row-major
+  void* y;                // (m, out_features) row-major
+  DType x_dtype;
+  int64_t m;
+  Weight w;
+  const void* bias;       // (out_features) or null
+  DType bias_dtype;
+  Bank bank;              // rank 0: none
+  Activations activations;
+  // workspace, all 64-byte aligned; g = w.g
+  int8_t* xq;             // int8: (m, g.columns) quantised activations, padding 0
+  float* x_scale;         // int8: (m, g.blocks) amax / 127
+  int32_t* x_sum;         // int8: (m, g.blocks) sum of xq over the block
+  float* xf;              // exact: (m, g.columns) x in fp32, padding 0; also what bank_down reads where it is set
+  uint16_t* xb;           // exact with bf16 x: (m, g.columns) x as bf16, padding 0
+  float* t;               // (m, rank) phi(x D^T), when rank > 0
+};
+
+// dx = grad W, for training: (m, out_features) x W -> (m, in_features). Both fp32 or both bf16, fp32 accumulation.
+struct BackwardArgs {
+  const void* grad;
+  void* dx;
+  DType dtype;
+  int64_t m;
+  Weight w;
+};
+
+// body(context, begin, end) over [begin, end) in chunks of at least grain. No barrier: never wait inside a body.
+using Body = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+
+struct Kernels {
+  const char* isa;
+  void (*prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);            // x -> xq, x_scale, x_sum | xf | xb
+  void (*bank_down)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end);  // x -> t
+  void (*tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end);            // y of whole tiles, bias and bank included
+  void (*decode_rows)(const Weight&, int64_t row_begin, int64_t row_end, float* out);  // (rows, in_features) fp32
+  // dx columns of whole column chunks of kColumnAlign: [chunk_begin, chunk_end)
+  void (*backward)(const BackwardArgs&, int64_t chunk_begin, int64_t chunk_end);
+};
+
+extern const Kernels kReference;
+#ifdef CALORA_X86
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
+#endif
+
+// dispatch.cpp: rungs this processor can run, slowest first; the one in use (CALORA_ISA caps it at load).
+int available_rungs(const Kernels** out, int capacity);
+const Kernels& kernels();
+bool select_rung(const char* isa);  // for tests and `calora bench --isa`; false if unknown or not runnable here
+
+// linear.cpp: workspace size and the two parallel regions, common to all rungs.
+std::size_t plan(LinearArgs& args, uint8_t* workspace);  // sets the pointers when workspace != null; returns the bytes needed
+void linear(LinearArgs& args, ParallelFor parallel_for);
+void backward(const BackwardArgs& args, ParallelFor parallel_for);
+
+}  // namespace calora

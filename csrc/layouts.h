@@ -1,0 +1,77 @@
+// The packed weight layouts: the single truth of the bits, shared by every kernel and checked
+// against calora_ext/formats/layout.py by a test. Torch-free and ISA-free.
+//
+// A weight W (out_features x in_features, y = x W^T) is stored as uint8 bytes, identical on disk and in RAM.
+// Rows are cut into tiles of 32, columns into blocks; missing rows and columns are padding that decodes to 0.
+//
+//   packed  =  tile 0 | tile 1 | ...                 tile  =  block 0 | block 1 | ...   (one stream, front to back)
+//
+//   block (int4, G = group_size columns, or every column when there is one scale per row):
+//     G/8 steps of 128 bytes, then 32 fp16 scales (64 bytes)
+//        step s, byte 4 r + b:   low nibble  = code of (row r, column 8 s + b)        r = 0..31, b = 0..3
+//                                high nibble = code of (row r, column 8 s + 4 + b)
+//        +----------------+----------------+-- ... --+----------------+
+//        | row 0: 4 bytes | row 1: 4 bytes |         | row 31: 4 bytes|   = 128 bytes = 2 zmm = 4 ymm
+//        +----------------+----------------+-- ... --+----------------+
+//     weight = scale[row] * (code - zero);  zero = 8, or a nibble of the separate `zeros` tensor:
+//        zeros: per (tile, block) 16 bytes; byte i: low nibble = row i, high nibble = row 16 + i; padded to 64 at the end
+//
+//   block (int8, always every column): K/4 steps of 128 bytes, byte 4 r + b = 128 + code of (row r, column 4 s + b),
+//     code in [-127, 127]; then 32 fp16 scales. Stored with the offset so that it is the unsigned side of vpdpbusd.
+//
+//   block (bf16, always every column): K/2 steps of 128 bytes, 16-bit lane 2 r + b = (row r, column 2 s + b). No scales.
+//
+// Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
+// one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
+// Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
+#pragma once
+#include <cstdint>
+
+namespace calora {
+
+constexpr int64_t kLayoutVersion = 1;
+constexpr int64_t kTileRows = 32;      // rows in a tile
+constexpr int64_t kColumnAlign = 32;   // columns are padded to a multiple of this (or of the group)
+constexpr int64_t kTileAlign = 64;     // bytes; packed tensors are multiples of it
+constexpr int64_t kScaleBytes = 2 * kTileRows;  // fp16 scales that end a quantised block
+constexpr int64_t kZeroBytes = kTileRows / 2;   // zero points of a block, two nibbles a byte
+constexpr int kInt4Zero = 8;
+constexpr int kInt8Zero = 128;
+
+// A format is a pair; its number is 16 * pattern + values (calora_ext/formats/layout.py holds the same table).
+enum class Pattern : int { dense = 0 };
+enum class Values : int { bf16 = 0, int8 = 1, int4 = 2 };
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Bytes of the codes of `columns` columns of one tile.
+constexpr int64_t code_bytes(Values v, int64_t columns) {
+  return v == Values::bf16 ? 2 * kTileRows * columns : v == Values::int8 ? kTileRows * columns : kTileRows * columns / 2;
+}
+constexpr bool has_scales(Values v) { return v != Values::bf16; }
+
+// Where everything of one packed weight lies. group_size: columns that share a scale, or -1 for all of them.
+struct Geometry {
+  int64_t tiles, columns, block_columns, blocks, block_bytes, tile_bytes;
+  constexpr int64_t bytes() const { return tiles * tile_bytes; }
+  constexpr int64_t zeros_bytes() const { return round_up(tiles * blocks * kZeroBytes, kTileAlign); }
+};
+
+constexpr Geometry geometry(Values v, int64_t in_features, int64_t out_features, int64_t group_size) {
+  Geometry g{};
+  g.tiles = round_up(out_features, kTileRows) / kTileRows;
+  g.columns = round_up(in_features, group_size > 0 ? group_size : kColumnAlign);
+  g.block_columns = group_size > 0 ? group_size : g.columns;
+  g.blocks = g.block_columns ? g.columns / g.block_columns : 0;
+  g.block_bytes = code_bytes(v, g.block_columns) + (has_scales(v) ? kScaleBytes : 0);
+  g.tile_bytes = g.blocks * g.block_bytes;
+  return g;
+}
+
+static_assert(code_bytes(Values::int4, 128) + kScaleBytes == 33 * kTileAlign, "int4 g128 block is 33 cache lines");
+static_assert(geometry(Values::int4, 4096, 4096, 128).bytes() * 8 == 4096LL * 4096 * 4125 / 1000, "int4 g128 is 4.125 bits");
+static_assert(geometry(Values::int4, 4096, 4096, 64).bytes() * 8 == 4096LL * 4096 * 425 / 100, "int4 g64 is 4.25 bits");
+static_assert(geometry(Values::int8, 97, 33, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
+static_assert(geometry(Values::bf16, 1, 1, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
+
+}  // namespace calora

@@ -1,0 +1,182 @@
+// The torch operators (schemas and checks), stable ABI: one binary for every torch from 2.10. Every size is checked here,
+// once, before a pointer is formed; kernels trust their arguments.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace calora {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMaxFeatures = 131072;  // an int32 sum of 127 * 127 products still fits
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
+  if (end - begin <= grain) {
+    if (begin < end) body(context, begin, end);
+    return;
+  }
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(context, b, e); });
+}
+
+DType dtype_of(const Tensor& t, const char* what) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "calora: ", what, " must be float32 or bfloat16; convert it with .float() or .bfloat16()");
+  return type == ScalarType::Float ? DType::f32 : DType::bf16;
+}
+
+Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features,
+                 int64_t group_size) {
+  STD_TORCH_CHECK(format >= 0 && format <= 2, "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4");
+  const auto values = static_cast<Values>(format);
+  STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
+                  "calora: unsupported layer size ", out_features, " x ", in_features);
+  STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
+                                       group_size % kColumnAlign == 0),
+                  "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
+  const Geometry g = geometry(values, in_features, out_features, group_size);
+  const bool zeros = packed.size() == 2;
+  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4),
+                  "calora: expected the packed weight (and for int4 optionally its zero points), got ", packed.size(), " tensors");
+  for (const Tensor& t : packed)
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_cpu() && t.is_contiguous(),
+                    "calora: packed tensors must be contiguous uint8 CPU tensors");
+  STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
+                  " x ", in_features, " layer of this format needs ", g.bytes());
+  STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ",
+                  zeros ? packed[1].numel() : 0, " bytes, expected ", g.zeros_bytes());
+  // A file without the 64-byte alignment is loaded by copying; a misaligned pointer never reaches a kernel.
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed[0].data_ptr()) % kTileAlign == 0,
+                  "calora: the packed weight is not 64-byte aligned; .clone() it");
+  return {static_cast<const uint8_t*>(packed[0].data_ptr()),
+          zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, values, in_features, out_features, g};
+}
+
+Bank bank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t identity_rank, int64_t in_features,
+             int64_t out_features) {
+  STD_TORCH_CHECK(down.has_value() == up.has_value(), "calora: down and up belong together, got only one of them");
+  if (!down || down->numel() == 0) return {};
+  STD_TORCH_CHECK(down->is_cpu() && up->is_cpu() && down->is_contiguous() && up->is_contiguous(),
+                  "calora: down and up must be contiguous CPU tensors");
+  STD_TORCH_CHECK(down->dim() == 2 && down->size(1) == in_features, "calora: down must be (rank, ", in_features, ")");
+  const int64_t rank = down->size(0), tiles = round_up(out_features, kTileRows) / kTileRows;
+  const bool tiled = up->dim() == 3;
+  STD_TORCH_CHECK(tiled ? up->size(0) == tiles && up->size(1) == rank && up->size(2) == kTileRows
+                        : up->dim() == 2 && up->size(0) == out_features && up->size(1) == rank,
+                  "calora: up must be (", out_features, ", ", rank, ") or tiled (", tiles, ", ", rank, ", 32)");
+  STD_TORCH_CHECK(identity_rank >= 0 && identity_rank <= rank, "calora: identity_rank must lie in 0..", rank, ", got ", identity_rank);
+  const DType dtype = dtype_of(*down, "down");
+  STD_TORCH_CHECK(dtype_of(*up, "up") == dtype, "calora: down and up must have one dtype");
+  return {down->data_ptr(), up->data_ptr(), dtype, tiled, rank, identity_rank};
+}
+
+// Scratch of the calling thread: grows, is kept, and is shared with the pool for the duration of one call.
+uint8_t* scratch(std::size_t bytes) {
+  struct Free { void operator()(uint8_t* p) const { std::free(p); } };
+  static thread_local std::unique_ptr<uint8_t, Free> buffer;
+  static thread_local std::size_t capacity = 0;
+  if (bytes > capacity) {
+    const std::size_t wanted = static_cast<std::size_t>(round_up(static_cast<int64_t>(bytes), 4096));
+    buffer.reset(static_cast<uint8_t*>(std::aligned_alloc(64, wanted)));
+    capacity = buffer ? wanted : 0;
+    STD_TORCH_CHECK(buffer != nullptr, "calora: out of memory for ", wanted, " bytes of scratch");
+  }
+  return buffer.get();
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
+  shape.push_back(last);
+  return shape;
+}
+
+Tensor linear_cpu(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features,
+                  int64_t group_size, std::optional<Tensor> bias, std::optional<Tensor> down, std::optional<Tensor> up,
+                  int64_t identity_rank, std::optional<Tensor> row_adapter, int64_t activations) {
+  STD_TORCH_CHECK(!row_adapter, "calora: one adapter per row is not supported by this version; pass row_adapter=None");
+  STD_TORCH_CHECK(activations == 0 || activations == 1, "calora: activations must be 0 (exact) or 1 (int8), got ", activations);
+  LinearArgs a{};
+  a.x_dtype = dtype_of(x, "x");
+  a.w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, "calora: the last dimension of x must be ", in_features);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  if (bias) {
+    STD_TORCH_CHECK(bias->is_cpu() && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == out_features,
+                    "calora: bias must be a contiguous CPU tensor of ", out_features, " values");
+    a.bias = bias->data_ptr();
+    a.bias_dtype = dtype_of(*bias, "bias");
+  }
+  a.bank = bank_of(down, up, identity_rank, in_features, out_features);
+  // bf16 weights have no codes to multiply with integers: they always run exactly.
+  a.activations = a.w.values == Values::bf16 ? Activations::exact : static_cast<Activations>(activations);
+  const auto shape = with_last(x, out_features);
+  Tensor y = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  a.x = x.data_ptr();
+  a.y = y.data_ptr();
+  a.m = x.numel() / in_features;
+  if (a.m == 0) return y;
+  plan(a, scratch(plan(a, nullptr)));
+  linear(a, parallel_for);
+  return y;
+}
+
+Tensor linear_dx_cpu(Tensor grad, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features,
+                     int64_t group_size) {
+  BackwardArgs a{};
+  a.dtype = dtype_of(grad, "grad");
+  a.w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, "calora: the last dimension of grad must be ", out_features);
+  if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+  const auto shape = with_last(grad, in_features);
+  Tensor dx = torch::stable::new_empty(grad, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  a.grad = grad.data_ptr();
+  a.dx = dx.data_ptr();
+  a.m = grad.numel() / out_features;
+  if (a.m) backward(a, parallel_for);
+  return dx;
+}
+
+Tensor decode_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size,
+                  int64_t row_begin, int64_t row_end) {
+  STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
+  const Weight w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= out_features, "calora: rows ", row_begin, "..", row_end,
+                  " are not within 0..", out_features);
+  Tensor out = torch::stable::new_empty(packed[0], {row_end - row_begin, in_features}, ScalarType::Float);
+  auto* data = static_cast<float*>(out.data_ptr());
+  struct Task { const Weight& w; float* data; int64_t row_begin; } task{w, data, row_begin};
+  parallel_for(row_begin, row_end, kTileRows, [](void* context, int64_t begin, int64_t end) {
+    auto* t = static_cast<Task*>(context);
+    kernels().decode_rows(t->w, begin, end, t->data + (begin - t->row_begin) * t->w.in_features);
+  }, &task);
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(calora, m) {
+  m.def("linear(Tensor x, Tensor[] packed, int format, int in_features, int out_features, int group_size, Tensor? bias, "
+        "Tensor? down, Tensor? up, int identity_rank, Tensor? row_adapter, int activations) -> Tensor");
+  m.def("linear_dx(Tensor grad, Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
+  m.def("decode(Tensor[] packed, int format, int in_features, int out_features, int group_size, int row_begin, int row_end) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(calora, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("linear_dx", TORCH_BOX(&linear_dx_cpu));
+  m.impl("decode", TORCH_BOX(&decode_cpu));
+}
+
+}  // namespace calora

@@ -1,0 +1,121 @@
+"""Pack, decode and byte accounting against the formulas, and the Python layout against csrc/layouts.h."""
+
+import pytest
+import torch
+
+from calora_ext import CaloraError, WeightFormat, ops
+from calora_ext.formats import layout
+from calora_ext.formats.values import Quantized
+
+FORMATS = [
+    WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 128), WeightFormat("int4", -1),
+    WeightFormat("int4", 64, symmetric=False), WeightFormat("int4", -1, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
+]  # fmt: skip
+SHAPES = [(1, 1), (33, 7), (31, 65), (64, 128), (97, 300)]  # (out, in): ragged tails everywhere
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@each_format
+@each_shape
+def test_native_decode_equals_the_reference(fmt, shape):
+    torch.manual_seed(0)
+    packed = fmt.pack(torch.randn(shape))
+    reference = fmt.decode(packed, shape[1], shape[0])
+    native = ops.decode(list(packed.values()), fmt, shape[1], shape[0])
+    assert torch.equal(reference, native)
+
+
+@each_format
+@each_shape
+def test_unpack_is_the_inverse_of_pack(fmt, shape):
+    torch.manual_seed(1)
+    out, in_ = shape
+    blocks = fmt.geometry(in_, out).blocks
+    if fmt.values == "bf16":
+        q = Quantized(torch.randn(shape).bfloat16())
+    else:
+        top = 16 if fmt.values == "int4" else 256
+        zero = None if fmt.symmetric else torch.randint(0, 16, (out, blocks), dtype=torch.uint8)
+        q = Quantized(torch.randint(0, top, shape, dtype=torch.uint8), torch.rand(out, blocks).half(), zero)
+    back = fmt.unpack(fmt.pack_quantized(q), in_, out)
+    assert torch.equal(back.codes, q.codes)
+    assert q.scale is None or torch.equal(back.scale, q.scale)
+    assert q.zero is None or torch.equal(back.zero, q.zero)
+
+
+@each_format
+@each_shape
+def test_bytes_are_those_of_layouts_h(fmt, shape):
+    out, in_ = shape
+    packed, zeros = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
+    sizes = {name: t.numel() for name, t in fmt.pack(torch.randn(shape)).items()}
+    assert sizes == {"packed": packed} | ({} if fmt.symmetric else {"zeros": zeros})
+    assert all(size % 64 == 0 for size in sizes.values())
+
+
+def test_layout_constants_are_those_of_layouts_h():
+    native = ops.native.layout_constants()
+    assert native == {
+        "layout_version": layout.LAYOUT_VERSION, "tile_rows": layout.TILE_ROWS, "column_align": layout.COLUMN_ALIGN,
+        "tile_align": layout.TILE_ALIGN, "scale_bytes": layout.SCALE_BYTES, "zero_bytes": layout.ZERO_BYTES, "int4_zero": 8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fmt", "bits"),
+    [(WeightFormat("int4", 64), 4.26), (WeightFormat("int4", 128), 4.14), (WeightFormat("int8"), 8.05), (WeightFormat("bf16"), 16.0),
+     (WeightFormat("int4", 128, symmetric=False), 4.14 + 4 / 128)],
+    ids=str,
+)  # fmt: skip
+def test_bits_per_weight(fmt, bits):
+    assert fmt.bits_per_weight(4096, 4096) <= bits
+
+
+def test_int4_error_is_at_most_half_a_step_inside_the_clip_range():
+    torch.manual_seed(2)
+    w = torch.randn(64, 256)
+    for symmetric in (True, False):
+        fmt = WeightFormat("int4", 64, symmetric)
+        q = fmt.quantize(w)
+        decoded = fmt.decode(fmt.pack_quantized(q), 256, 64)
+        inside = (q.codes > 0) & (q.codes < 15)
+        half_step = q.scale.float().abs().repeat_interleave(64, 1) / 2
+        assert ((decoded - w).abs() <= half_step * 1.001)[inside].all()
+
+
+def test_int4_search_is_never_worse_than_plain_absmax():
+    torch.manual_seed(3)
+    w = torch.randn(32, 512) ** 3
+    plain_scale = w.view(32, -1, 64).abs().amax(-1, keepdim=True) / 7
+    plain = (w.view(32, -1, 64) / plain_scale).round().clamp(-8, 7) * plain_scale
+    fmt = WeightFormat("int4", 64)
+    ours = fmt.decode(fmt.pack(w), 512, 32)
+    assert (ours - w).square().sum() < (plain.view_as(w) - w).square().sum()
+
+
+@each_format
+def test_zero_and_extreme_weights(fmt):
+    w = torch.zeros(5, 70)
+    assert torch.equal(fmt.decode(fmt.pack(w), 70, 5), w)
+    w[2, 3] = 1e-20  # underflows an fp16 scale: decodes to something finite
+    assert torch.isfinite(fmt.decode(fmt.pack(w), 70, 5)).all()
+
+
+def test_bad_weights_and_formats_are_refused_in_a_sentence():
+    fmt = WeightFormat("int4", 64)
+    with pytest.raises(CaloraError, match="NaN"):
+        fmt.pack(torch.full((4, 4), float("nan")))
+    with pytest.raises(CaloraError, match="fp16 scale"):
+        fmt.pack(torch.full((4, 4), 1e9))
+    with pytest.raises(CaloraError, match="2-D"):
+        fmt.pack(torch.randn(4))
+    with pytest.raises(CaloraError, match="multiple of 32"):
+        WeightFormat("int4", 48)
+    with pytest.raises(CaloraError, match="unknown weights"):
+        WeightFormat("int3")
+    with pytest.raises(CaloraError, match="zero points"):
+        WeightFormat("int8", symmetric=False)
+    packed = fmt.pack(torch.randn(4, 64))
+    with pytest.raises(CaloraError, match="another model"):
+        fmt.decode(packed, 128, 4)

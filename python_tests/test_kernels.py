@@ -1,0 +1,145 @@
+"""Every rung of the fused op against float64: ragged shapes, M from 1 to hundreds, ranks 0 to 64, both activation modes."""
+
+import pytest
+import torch
+
+from calora_ext import WeightFormat, ops
+
+FORMATS = [
+    WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 128), WeightFormat("int4", -1),
+    WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
+]  # fmt: skip
+# (m, in, out, rank, identity_rank)
+CASES = [(1, 64, 32, 0, 0), (1, 300, 97, 17, 8), (2, 65, 31, 1, 1), (3, 128, 64, 16, 16), (7, 33, 130, 32, 16),
+         (8, 257, 65, 64, 0), (9, 96, 40, 8, 4), (33, 130, 70, 24, 16), (130, 100, 64, 5, 5)]  # fmt: skip
+
+
+@pytest.fixture(params=ops.native.available())
+def rung(request):
+    before = ops.native.isa()
+    ops.native.set_isa(request.param)
+    yield request.param
+    ops.native.set_isa(before)
+
+
+def quantised_activations(x, fmt, in_features):
+    """x after the int8 rounding that the op documents: per row and block, amax / 127, half to even. float64."""
+    g = fmt.geometry(in_features, 1)
+    blocks = torch.nn.functional.pad(x.float(), (0, g.columns - in_features)).view(x.shape[0], g.blocks, g.block_columns)
+    amax = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(amax < 1e-30, torch.zeros_like(amax), 127 / amax)
+    return ((blocks * inverse).round().double() * (amax / 127).double()).view(x.shape[0], -1)[:, :in_features]
+
+
+def layer(fmt, out, in_, rank, dtype, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    packed = fmt.pack(torch.randn(out, in_, generator=gen))
+    bias = torch.randn(out, generator=gen).to(dtype)
+    down = (torch.randn(rank, in_, generator=gen) / in_**0.5).to(dtype) if rank else None
+    up = torch.randn(out, rank, generator=gen).to(dtype) if rank else None
+    return packed, bias, down, up
+
+
+def in_float64(x, dense, bias, down, up, identity_rank, x_base=None):
+    y = (x if x_base is None else x_base).double() @ dense.double().t() + bias.double()
+    if down is not None:
+        y = y + ops.gelu_rows(x.double() @ down.double().t(), identity_rank) @ up.double().t()
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_exact_is_within_twice_torch_own_error(rung, fmt, case, dtype):
+    m, in_, out, rank, identity_rank = case
+    packed, bias, down, up = layer(fmt, out, in_, rank, dtype)
+    dense = fmt.decode(packed, in_, out)
+    x = torch.randn(m, in_, generator=torch.Generator().manual_seed(9)).to(dtype)
+    y = ops.linear(x, list(packed.values()), fmt, in_, out, bias, down, up, identity_rank, "exact")
+    want = in_float64(x, dense, bias, down, up, identity_rank)
+    torch_error = (in_float64(x, dense, bias, down, up, identity_rank).to(dtype).double() - want).norm()  # rounding of the output
+    same_dtype = torch.nn.functional.linear(x, dense.to(dtype), bias)
+    if down is not None:
+        same_dtype = same_dtype + ops.gelu_rows(x @ down.t(), identity_rank) @ up.t()
+    torch_error = max(torch_error, (same_dtype.double() - want).norm())
+    assert y.dtype == dtype and y.shape == (m, out)
+    assert (y.double() - want).norm() <= 2 * torch_error + 1e-7 * want.norm()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.values != "bf16"], ids=str)
+def test_int8_activations_follow_the_formula(rung, fmt, case):
+    m, in_, out, rank, identity_rank = case
+    packed, bias, down, up = layer(fmt, out, in_, rank, torch.float32)
+    dense = fmt.decode(packed, in_, out)
+    x = torch.randn(m, in_, generator=torch.Generator().manual_seed(9))
+    y = ops.linear(x, list(packed.values()), fmt, in_, out, bias, down, up, identity_rank, "int8")
+    want = in_float64(x, dense, bias, down, up, identity_rank, quantised_activations(x, fmt, in_))
+    assert (y.double() - want).norm() <= 3e-6 * want.norm()  # the integer sums are equal; fp32 adds them up
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.values != "bf16"], ids=str)
+def test_int8_activations_cost_what_their_step_costs(rung, fmt):
+    packed, *_ = layer(fmt, 64, 512, 0, torch.float32)
+    x = torch.randn(16, 512, generator=torch.Generator().manual_seed(9))
+    y = ops.linear(x, list(packed.values()), fmt, 512, 64, activations="int8").double()
+    want = x.double() @ fmt.decode(packed, 512, 64).double().t()
+    # A step of amax / 127 rounds with a standard deviation of step / sqrt(12): 5.7e-3 of a normal input's where 64 values
+    # share a scale, 6.3e-3 where 128 do, 8.0e-3 for 1024.
+    assert (y - want).norm() <= {32: 6e-3, 64: 6e-3, 128: 7e-3, -1: 9e-3}[fmt.group_size] * want.norm()
+
+
+@pytest.mark.parametrize("m", [1, 8, 33])
+def test_tiled_up_equals_row_major_up(rung, m):
+    fmt = WeightFormat("int4", 64)
+    packed, bias, down, up = layer(fmt, 97, 130, 24, torch.float32)
+    x = torch.randn(m, 130)
+    row_major = ops.linear(x, list(packed.values()), fmt, 130, 97, bias, down, up, 16, "exact")
+    tiled = ops.linear(x, list(packed.values()), fmt, 130, 97, bias, down, ops.tile_up(up), 16, "exact")
+    torch.testing.assert_close(row_major, tiled, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_the_result_does_not_depend_on_the_number_of_threads(rung, m, activations):
+    fmt = WeightFormat("int4", 64)
+    packed, bias, down, up = layer(fmt, 1000, 1024, 32, torch.float32)
+    x = torch.randn(m, 1024)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(ops.linear(x, list(packed.values()), fmt, 1024, 1000, bias, down, up, 16, activations))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_activation_is_not_hidden(rung, bad, activations):
+    fmt = WeightFormat("int4", 64)
+    packed, *_ = layer(fmt, 40, 128, 0, torch.float32)
+    x = torch.randn(2, 128)
+    x[1, 70] = bad
+    y = ops.linear(x, list(packed.values()), fmt, 128, 40, activations=activations)
+    assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("m", [1, 7, 50])
+def test_backward_through_the_packed_weight(rung, fmt, m, dtype):
+    in_, out = 100, 70
+    packed, *_ = layer(fmt, out, in_, 0, dtype)
+    dense = fmt.decode(packed, in_, out)
+    grad = torch.randn(m, out, generator=torch.Generator().manual_seed(4)).to(dtype)
+    dx = torch.ops.calora.linear_dx(grad, list(packed.values()), fmt.id, in_, out, fmt.group_size)
+    want = grad.double() @ dense.double()
+    torch_error = ((grad @ dense.to(dtype)).double() - want).norm()
+    assert (dx.double() - want).norm() <= 2 * torch_error + 1e-7 * want.norm()
+
+
+def test_no_rows_gives_no_rows(rung):
+    fmt = WeightFormat("int4", 64)
+    packed, *_ = layer(fmt, 40, 128, 0, torch.float32)
+    assert ops.linear(torch.empty(0, 3, 128), list(packed.values()), fmt, 128, 40).shape == (0, 3, 40)

@@ -1,0 +1,104 @@
+"""The operators as torch sees them: opcheck, gradients, compile, autocast, argument checks."""
+
+import pytest
+import torch
+
+from calora_ext import CompressedLinear, WeightFormat, ops
+
+FMT = WeightFormat("int4", 64)
+
+
+def arguments(m=3, in_=100, out=70, rank=12, identity_rank=8, dtype=torch.float32, grad=False):
+    gen = torch.Generator().manual_seed(0)
+    packed = list(FMT.pack(torch.randn(out, in_, generator=gen)).values())
+    make = lambda *s: torch.randn(*s, generator=gen).to(dtype).requires_grad_(grad)  # noqa: E731
+    return (make(m, in_), packed, FMT.id, in_, out, FMT.group_size, make(out), make(rank, in_), make(out, rank), identity_rank, None, 0)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_linear(grad):
+    torch.library.opcheck(torch.ops.calora.linear.default, arguments(grad=grad))
+
+
+def test_opcheck_backward_and_decode():
+    _, packed, fmt, in_, out, group, *_ = arguments()
+    torch.library.opcheck(torch.ops.calora.linear_dx.default, (torch.randn(3, out), packed, fmt, in_, out, group))
+    torch.library.opcheck(torch.ops.calora.decode.default, (packed, fmt, in_, out, group, 10, 40))
+
+
+def test_gradients_equal_those_of_the_formula():
+    args = arguments(grad=True)
+    x, packed, _, in_, out, _, bias, down, up, identity_rank, _, _ = args
+    dense = FMT.decode({"packed": packed[0]}, in_, out)
+    weights = torch.randn(3, out, generator=torch.Generator().manual_seed(1))
+    ours = torch.autograd.grad((torch.ops.calora.linear(*args) * weights).sum(), (x, bias, down, up))
+    x64, bias64, down64, up64 = (t.detach().double().requires_grad_() for t in (x, bias, down, up))
+    y = x64 @ dense.double().t() + bias64 + ops.gelu_rows(x64 @ down64.t(), identity_rank) @ up64.t()
+    want = torch.autograd.grad((y * weights.double()).sum(), (x64, bias64, down64, up64))
+    for a, b in zip(ours, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_recording_a_gradient_makes_the_forward_exact():
+    x, packed, _, in_, out, _, bias, *_ = arguments()
+    exact = ops.linear(x, packed, FMT, in_, out, bias, activations="exact")
+    rounded = ops.linear(x, packed, FMT, in_, out, bias, activations="int8")
+    recorded = ops.linear(x.requires_grad_(), packed, FMT, in_, out, bias, activations="int8")
+    assert torch.equal(recorded, exact) and not torch.equal(exact, rounded)
+
+
+def test_compile_fullgraph_dynamic():
+    layer = CompressedLinear.from_linear(torch.nn.Linear(96, 64), FMT)
+    compiled = torch.compile(lambda x: layer(x) * 2, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for m in (1, 3, 17):
+            x = torch.randn(m, 96)
+            assert torch.equal(compiled(x), layer(x) * 2)
+
+
+def test_autocast_runs_in_bfloat16():
+    layer = CompressedLinear.from_linear(torch.nn.Linear(96, 64), FMT)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.randn(2, 96)).dtype == torch.bfloat16
+
+
+def test_float16_input_is_computed_and_returned():
+    layer = CompressedLinear.from_linear(torch.nn.Linear(96, 64), FMT)
+    x = torch.randn(2, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x.half()).float(), layer(x.half().float()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.randn(3, 99)}, "last dimension"),
+        ({0: torch.randn(3, 100).int()}, "float32 or bfloat16"),
+        ({1: []}, "got 0 tensors"),
+        ({1: [torch.zeros(5, dtype=torch.uint8)]}, "has 5 bytes"),
+        ({2: 99}, "unknown weight format"),
+        ({3: -1}, "unsupported layer size"),
+        ({5: 7}, "group_size"),
+        ({6: torch.randn(3)}, "bias"),
+        ({7: None}, "belong together"),
+        ({7: torch.randn(12, 9)}, "down must be"),
+        ({8: torch.randn(70, 3)}, "up must be"),
+        ({9: 13}, "identity_rank"),
+        ({10: torch.zeros(3, dtype=torch.int64)}, "row_adapter"),
+        ({11: 2}, "activations"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_bad_arguments_are_refused(change, message):
+    args = list(arguments())
+    for index, value in change.items():
+        args[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.calora.linear(*args)
+
+
+def test_a_misaligned_packed_weight_never_reaches_a_kernel():
+    x, packed, *rest = arguments()
+    shifted = torch.zeros(packed[0].numel() + 1, dtype=torch.uint8)[1:]
+    with pytest.raises(RuntimeError, match="aligned"):
+        torch.ops.calora.linear(x, [shifted], *rest)

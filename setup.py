@@ -1,0 +1,54 @@
+"""Builds the native half with CMake + ninja. torch is found in the target environment and never imported here, so that
+pip's build isolation works and no second torch is downloaded."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def torch_root() -> Path:
+    """The torch this package will run against: importable now, or hidden by pip's build isolation."""
+    site = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    spec = PathFinder.find_spec("torch") or PathFinder.find_spec("torch", site)
+    if spec is None or spec.origin is None:
+        sys.exit("calora_ext compiles against torch's headers. Install torch first:\n    pip install torch && pip install .")
+    return Path(spec.origin).parent
+
+
+class CMakeBuild(build_ext):
+    """One CMake project gives both native files; setuptools sees it as the extension calora_ext._native."""
+
+    def build_extension(self, ext: Extension) -> None:
+        package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-GNinja", "-S", str(ROOT), "-B", str(build),
+            # Given every time: a cached path may point into an isolated environment that is gone.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DTORCH_ROOT={torch_root()}",
+            f"-DPACKAGE_DIR={package}",
+        ]  # fmt: skip
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds: libcalora.so travels beside _native."""
+        super().copy_extensions_to_source()
+        library = Path("calora_ext") / "lib" / "libcalora.so"
+        (ROOT / library).parent.mkdir(exist_ok=True)
+        shutil.copy2(Path(self.build_lib) / library, ROOT / library)
+
+
+setup(ext_modules=[Extension("calora_ext._native", [])], cmdclass={"build_ext": CMakeBuild})
