@@ -53,12 +53,15 @@ def linear(
 
     float16 x (which no CPU kernel takes) is computed in float32 and returned as float16.
     """
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias)):
+    recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias))
+    if recording:
         activations = "exact"
     if x.dtype == torch.float16:
         return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
                       identity_rank, activations).half()  # fmt: skip
-    return torch.ops.calora.linear(
+    # Autograd and autocast are Python wrappers of several microseconds: they are passed through only where they do something.
+    op = torch.ops.calora.linear if recording or torch.is_autocast_enabled("cpu") else torch.ops.calora.linear_inference
+    return op.default(
         x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, None, ACTIVATIONS[activations]
     )
 
@@ -76,6 +79,12 @@ def tile_up(up: Tensor) -> Tensor:
     return pad(up, (0, 0, 0, tiles * TILE_ROWS - out_features)).view(tiles, TILE_ROWS, rank).transpose(1, 2).contiguous()
 
 
+def untile_up(up: Tensor, out_features: int) -> Tensor:
+    """Inverse of :func:`tile_up`."""
+    return up.transpose(1, 2).reshape(-1, up.shape[1])[:out_features]
+
+
+@torch.library.register_fake("calora::linear_inference")
 @torch.library.register_fake("calora::linear")
 def _(x, packed, format, in_features, out_features, group_size, bias, down, up, identity_rank, row_adapter, activations):
     torch._check(x.shape[-1] == in_features, lambda: f"calora: the last dimension of x must be {in_features}")
@@ -109,14 +118,15 @@ def _backward(ctx, grad):
     dx = torch.ops.calora.linear_dx(grad, packed, *ctx.layer) if need[0] else None
     d_down = d_up = None
     if down is not None:
-        if up.dim() != 2:
-            raise CaloraError("a tiled up matrix is for inference; train with up as (out_features, rank)")
+        tiled = up.dim() == 3
+        up_dtype, up = up.dtype, untile_up(up, grad.shape[-1]) if tiled else up
         # The bank is small: fp32 throughout, whatever x is.
         x2, g2 = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float()
         t = x2 @ down.float().t()
         active = gelu_rows(t, ctx.identity_rank)
         if need[8]:
-            d_up = (g2.t() @ active).to(up.dtype)
+            d_up = (g2.t() @ active).to(up_dtype)
+            d_up = tile_up(d_up) if tiled else d_up
         dt = g2 @ up.float() * gelu_rows_derivative(t, ctx.identity_rank)
         if need[7]:
             d_down = (dt.t() @ x2).to(down.dtype)

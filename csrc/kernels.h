@@ -13,7 +13,30 @@ namespace calora {
 enum class DType : int { f32 = 0, bf16 = 1 };
 enum class Activations : int { exact = 0, int8 = 1 };
 
-constexpr int64_t kDecodeRows = 8;  // M <= 8 streams the packed weight once ("decode"); above it decodes panels ("prefill")
+constexpr int64_t kDecodeRows = 8;  // M <= 8 streams the packed weight once ("decode"); above it is a blocked GEMM ("prefill")
+
+// How prefill cuts the rows of x: panels of equal height (what the registers of a micro-kernel hold; the last is padded),
+// and blocks of panels that pass by each tile together. The unit of work is a (block, tile) pair.
+constexpr int64_t kMinPanelRows = 7, kMaxPanelRows = 12, kMaxBlockPanels = 22;
+constexpr int64_t kMaxRows = 4 * kMaxBlockPanels * kMaxPanelRows;  // of one pass: bounds the workspace
+
+struct RowPanels {
+  int64_t rows, panels;          // rows of one panel; panels in all
+  int64_t block_panels, blocks;  // panels of one block (the last may have fewer); blocks in all
+  constexpr int64_t padded_rows() const { return panels * rows; }
+  constexpr int64_t block_rows() const { return block_panels * rows; }
+};
+
+constexpr RowPanels row_panels(int64_t m) {
+  auto share = [](int64_t n, int64_t parts) { return (n + parts - 1) / parts; };
+  RowPanels p{};
+  p.panels = share(m, kMaxPanelRows);
+  p.rows = share(m, p.panels) < kMinPanelRows ? kMinPanelRows : share(m, p.panels);
+  p.blocks = share(p.panels, kMaxBlockPanels);
+  p.block_panels = share(p.panels, p.blocks);
+  return p;
+}
+static_assert(row_panels(9).rows == 9 && row_panels(13).rows == 7 && row_panels(512).padded_rows() == 516);
 
 struct Weight {
   const uint8_t* packed;  // geometry(...).bytes(), see layouts.h
@@ -31,7 +54,8 @@ struct Bank {
   int64_t rank, identity_rank;
 };
 
-// One call. x and y share x_dtype. The workspace is laid out by plan() and written by prepare() and bank_down().
+// One call. x and y share x_dtype. The workspace is laid out by plan() and written by prepare() and bank_down(). Its arrays
+// are row-major as noted; for prefill the rungs write panels instead (gemm_panels.h), of row_panels(m).padded_rows() rows.
 struct LinearArgs {
   const void* x;          // (m, in_features) row-major
   void* y;                // (m, out_features) row-major
@@ -46,8 +70,8 @@ struct LinearArgs {
   int8_t* xq;             // int8: (m, g.columns) quantised activations, padding 0
   float* x_scale;         // int8: (m, g.blocks) amax / 127
   int32_t* x_sum;         // int8: (m, g.blocks) sum of xq over the block
-  float* xf;              // exact: (m, g.columns) x in fp32, padding 0; also what bank_down reads where it is set
-  uint16_t* xb;           // exact with bf16 x: (m, g.columns) x as bf16, padding 0
+  float* xf;              // exact: (m, g.columns) x in fp32, padding 0
+  uint16_t* xb;           // exact decode with bf16 x: (m, g.columns) x as bf16, padding 0
   float* t;               // (m, rank) phi(x D^T), when rank > 0
 };
 
@@ -58,6 +82,7 @@ struct BackwardArgs {
   DType dtype;
   int64_t m;
   Weight w;
+  float* panels;          // workspace, 64-byte aligned: grad in panels (gemm_panels.h) of tiles * 32 columns, fp32 or bf16
 };
 
 // body(context, begin, end) over [begin, end) in chunks of at least grain. No barrier: never wait inside a body.
@@ -66,17 +91,20 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body bod
 
 struct Kernels {
   const char* isa;
-  void (*prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);            // x -> xq, x_scale, x_sum | xf | xb
+  void (*prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);            // x -> xq, x_scale, x_sum | xf | xb; prefill: whole panels
   void (*bank_down)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end);  // x -> t
-  void (*tiles)(const LinearArgs&, int64_t tile_begin, int64_t tile_end);            // y of whole tiles, bias and bank included
+  // y, bias and bank included; unit = block * tiles + tile, where decode has one block
+  void (*tiles)(const LinearArgs&, int64_t unit_begin, int64_t unit_end);
   void (*decode_rows)(const Weight&, int64_t row_begin, int64_t row_end, float* out);  // (rows, in_features) fp32
-  // dx columns of whole column chunks of kColumnAlign: [chunk_begin, chunk_end)
-  void (*backward)(const BackwardArgs&, int64_t chunk_begin, int64_t chunk_end);
+  void (*prepare_grad)(const BackwardArgs&, int64_t row_begin, int64_t row_end);     // grad -> panels; whole panels of rows
+  // dx; unit = block * chunks + chunk of kColumnAlign columns
+  void (*backward)(const BackwardArgs&, int64_t unit_begin, int64_t unit_end);
+  uint64_t (*read)(const uint8_t* data, int64_t bytes);  // xor of every 8 bytes, as fast as memory allows: the bandwidth probe
 };
 
 extern const Kernels kReference;
 #ifdef CALORA_X86
-extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx2Vnni, kAvx2VnniEvex, kAvx512, kAvx512Vnni;  // the two Vnni: see avx2_vnni.cpp
 #endif
 
 // dispatch.cpp: rungs this processor can run, slowest first; the one in use (CALORA_ISA caps it at load).
@@ -86,7 +114,8 @@ bool select_rung(const char* isa);  // for tests and `calora bench --isa`; false
 
 // linear.cpp: workspace size and the two parallel regions, common to all rungs.
 std::size_t plan(LinearArgs& args, uint8_t* workspace);  // sets the pointers when workspace != null; returns the bytes needed
-void linear(LinearArgs& args, ParallelFor parallel_for);
+std::size_t plan(BackwardArgs& args, uint8_t* workspace);
+void linear(const LinearArgs& args, ParallelFor parallel_for);
 void backward(const BackwardArgs& args, ParallelFor parallel_for);
 
 }  // namespace calora

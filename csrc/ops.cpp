@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -95,11 +96,22 @@ uint8_t* scratch(std::size_t bytes) {
   return buffer.get();
 }
 
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape.push_back(x.size(d));
-  shape.push_back(last);
-  return shape;
+// Uninitialised, contiguous, x's dtype and shape but for the last dimension. Not aten::new_empty: its way through the
+// dispatcher costs 1 us of a call that should cost 3.
+Tensor like_with_last(const Tensor& x, int64_t last) {
+  const int64_t dims = x.dim();
+  std::vector<int64_t> layout(2 * static_cast<std::size_t>(dims));
+  int64_t *sizes = layout.data(), *strides = sizes + dims, stride = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = d == dims - 1 ? last : x.size(d);
+    strides[d] = stride;
+    stride *= sizes[d];
+  }
+  int32_t dtype;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 Tensor linear_cpu(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features,
@@ -121,8 +133,7 @@ Tensor linear_cpu(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t 
   a.bank = bank_of(down, up, identity_rank, in_features, out_features);
   // bf16 weights have no codes to multiply with integers: they always run exactly.
   a.activations = a.w.values == Values::bf16 ? Activations::exact : static_cast<Activations>(activations);
-  const auto shape = with_last(x, out_features);
-  Tensor y = torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  Tensor y = like_with_last(x, out_features);
   a.x = x.data_ptr();
   a.y = y.data_ptr();
   a.m = x.numel() / in_features;
@@ -139,12 +150,13 @@ Tensor linear_dx_cpu(Tensor grad, std::vector<Tensor> packed, int64_t format, in
   a.w = weight_of(packed, format, in_features, out_features, group_size);
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, "calora: the last dimension of grad must be ", out_features);
   if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-  const auto shape = with_last(grad, in_features);
-  Tensor dx = torch::stable::new_empty(grad, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+  Tensor dx = like_with_last(grad, in_features);
   a.grad = grad.data_ptr();
   a.dx = dx.data_ptr();
   a.m = grad.numel() / out_features;
-  if (a.m) backward(a, parallel_for);
+  if (a.m == 0) return dx;
+  plan(a, scratch(plan(a, nullptr)));
+  backward(a, parallel_for);
   return dx;
 }
 
@@ -164,19 +176,39 @@ Tensor decode_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   return out;
 }
 
+// The xor of all 8-byte words of a tensor, read by every thread of the pool: timed by the caller, it probes the read bandwidth.
+int64_t read_cpu(Tensor data) {
+  STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous() && data.scalar_type() == ScalarType::Byte,
+                  "calora: read takes a contiguous uint8 CPU tensor");
+  constexpr int64_t kPage = 4096;
+  struct Task { const uint8_t* data; int64_t bytes; std::atomic<uint64_t> all; } task{static_cast<const uint8_t*>(data.data_ptr()), data.numel(), 0};
+  parallel_for(0, (task.bytes + kPage - 1) / kPage, 64, [](void* context, int64_t begin, int64_t end) {
+    auto* t = static_cast<Task*>(context);
+    const int64_t last = end * kPage < t->bytes ? end * kPage : t->bytes;
+    t->all ^= kernels().read(t->data + begin * kPage, last - begin * kPage);
+  }, &task);
+  return static_cast<int64_t>(task.all.load());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(calora, m) {
-  m.def("linear(Tensor x, Tensor[] packed, int format, int in_features, int out_features, int group_size, Tensor? bias, "
-        "Tensor? down, Tensor? up, int identity_rank, Tensor? row_adapter, int activations) -> Tensor");
+#define LINEAR_ARGUMENTS                                                                                                   \
+  "(Tensor x, Tensor[] packed, int format, int in_features, int out_features, int group_size, Tensor? bias, Tensor? down, " \
+  "Tensor? up, int identity_rank, Tensor? row_adapter, int activations) -> Tensor"
+  m.def("linear" LINEAR_ARGUMENTS);
+  m.def("linear_inference" LINEAR_ARGUMENTS);  // the same without a derivative, whose Python wrapper costs 5 us a call
   m.def("linear_dx(Tensor grad, Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
   m.def("decode(Tensor[] packed, int format, int in_features, int out_features, int group_size, int row_begin, int row_end) -> Tensor");
+  m.def("read(Tensor data) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(calora, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear_cpu));
+  m.impl("linear_inference", TORCH_BOX(&linear_cpu));
   m.impl("linear_dx", TORCH_BOX(&linear_dx_cpu));
   m.impl("decode", TORCH_BOX(&decode_cpu));
+  m.impl("read", TORCH_BOX(&read_cpu));
 }
 
 }  // namespace calora

@@ -1,5 +1,7 @@
 """Every rung of the fused op against float64: ragged shapes, M from 1 to hundreds, ranks 0 to 64, both activation modes."""
 
+import random
+
 import pytest
 import torch
 
@@ -11,7 +13,8 @@ FORMATS = [
 ]  # fmt: skip
 # (m, in, out, rank, identity_rank)
 CASES = [(1, 64, 32, 0, 0), (1, 300, 97, 17, 8), (2, 65, 31, 1, 1), (3, 128, 64, 16, 16), (7, 33, 130, 32, 16),
-         (8, 257, 65, 64, 0), (9, 96, 40, 8, 4), (33, 130, 70, 24, 16), (130, 100, 64, 5, 5)]  # fmt: skip
+         (8, 257, 65, 64, 0), (9, 96, 40, 8, 4), (12, 40, 33, 33, 7), (13, 321, 64, 0, 0), (33, 130, 70, 24, 16),
+         (130, 100, 64, 5, 5), (300, 70, 35, 3, 1)]  # fmt: skip
 
 
 @pytest.fixture(params=ops.native.available())
@@ -89,6 +92,45 @@ def test_int8_activations_cost_what_their_step_costs(rung, fmt):
     assert (y - want).norm() <= {32: 6e-3, 64: 6e-3, 128: 7e-3, -1: 9e-3}[fmt.group_size] * want.norm()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_ragged_prefill(rung, seed):
+    """Any M above the decode rows, any shape, every panel height: both activation modes and the backward of it."""
+    rng = random.Random(seed)
+    fmt = FORMATS[seed % len(FORMATS)]
+    m, in_, out, rank = rng.randint(9, 200), rng.randint(1, 400), rng.randint(1, 130), rng.choice([0, 1, 16, 40])
+    identity_rank = rng.randint(0, rank)
+    packed, bias, down, up = layer(fmt, out, in_, rank, torch.float32, seed)
+    dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
+    x = torch.randn(m, in_, generator=torch.Generator().manual_seed(seed))
+    want = in_float64(x, dense, bias, down, up, identity_rank)
+    y = ops.linear(x, tensors, fmt, in_, out, bias, down, up, identity_rank, "exact")
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    if fmt.values != "bf16":
+        want = in_float64(x, dense, bias, down, up, identity_rank, quantised_activations(x, fmt, in_))
+        y = ops.linear(x, tensors, fmt, in_, out, bias, down, up, identity_rank, "int8")
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    grad = torch.randn(m, out, generator=torch.Generator().manual_seed(seed))
+    want = grad.double() @ dense.double()
+    dx = torch.ops.calora.linear_dx(grad, tensors, fmt.id, in_, out, fmt.group_size)
+    torch.testing.assert_close(dx.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_more_rows_than_one_pass_takes(rung, dtype):
+    m, in_, out, fmt = 2200, 64, 33, WeightFormat("int4", 64)
+    packed, bias, down, up = layer(fmt, out, in_, 3, dtype)
+    dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
+    x = torch.randn(m, in_, generator=torch.Generator().manual_seed(9)).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    want = in_float64(x, dense, bias, down, up, 1)
+    y = ops.linear(x, tensors, fmt, in_, out, bias, down, up, 1, "exact")
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    grad = torch.randn(m, out, generator=torch.Generator().manual_seed(4)).to(dtype)
+    want = grad.double() @ dense.double()
+    dx = torch.ops.calora.linear_dx(grad, tensors, fmt.id, in_, out, fmt.group_size)
+    torch.testing.assert_close(dx.double(), want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
 @pytest.mark.parametrize("m", [1, 8, 33])
 def test_tiled_up_equals_row_major_up(rung, m):
     fmt = WeightFormat("int4", 64)
@@ -114,15 +156,36 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rung, m, activation
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_prefill_and_backward_do_not_depend_on_the_number_of_threads(rung, fmt, dtype):
+    if rung == "reference":
+        pytest.skip("one plain loop per output, and slow")
+    in_, out, m = 256, 200, 300  # two blocks of panels
+    packed, bias, down, up = layer(fmt, out, in_, 16, dtype)
+    tensors = list(packed.values())
+    x, grad = torch.randn(m, in_).to(dtype), torch.randn(m, out).to(dtype)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        forward = [ops.linear(x, tensors, fmt, in_, out, bias, down, up, 8, activations) for activations in ("exact", "int8")]
+        results.append([*forward, torch.ops.calora.linear_dx(grad, tensors, fmt.id, in_, out, fmt.group_size)])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_activation_is_not_hidden(rung, bad, activations):
     fmt = WeightFormat("int4", 64)
     packed, *_ = layer(fmt, 40, 128, 0, torch.float32)
-    x = torch.randn(2, 128)
-    x[1, 70] = bad
-    y = ops.linear(x, list(packed.values()), fmt, 128, 40, activations=activations)
-    assert torch.isfinite(y[0]).all() and not torch.isfinite(y[1]).any()
+    for m in (2, 20):
+        x = torch.randn(m, 128)
+        x[1, 70] = bad
+        y = ops.linear(x, list(packed.values()), fmt, 128, 40, activations=activations)
+        assert torch.isfinite(y[0]).all() and torch.isfinite(y[2:]).all() and not torch.isfinite(y[1]).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

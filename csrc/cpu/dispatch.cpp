@@ -11,9 +11,22 @@ struct Rung { const Kernels* kernels; bool runnable; };
 
 constexpr int kMaxRungs = 5;
 
+// Slowest first. __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 int rungs(Rung (&out)[kMaxRungs]) {
   int n = 0;
   out[n++] = {&kReference, true};
+#ifdef CALORA_X86
+  __builtin_cpu_init();
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+  const bool avx2 = HAS("avx2") && HAS("fma") && HAS("f16c"), avx_vnni = avx2 && HAS("avxvnni");
+  const bool avx512 = avx2 && HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq");
+  const bool vnni = avx512 && HAS("avx512vnni");
+  out[n++] = {&kAvx2, avx2};
+  out[n++] = {avx_vnni ? &kAvx2Vnni : &kAvx2VnniEvex, avx_vnni || vnni};
+  out[n++] = {&kAvx512, avx512};
+  out[n++] = {&kAvx512Vnni, vnni && HAS("avx512vbmi2") && HAS("avx512bf16")};
+#undef HAS
+#endif
   return n;
 }
 

@@ -132,19 +132,23 @@ double base_sum(const LinearArgs& a, int64_t m, int64_t n) {
   return sum;
 }
 
-void tiles(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  const int64_t out = a.w.out_features, rank = a.bank.rank;
-  const int64_t row_end = tile_end * kTileRows < out ? tile_end * kTileRows : out;
-  for (int64_t m = 0; m < a.m; ++m)
-    for (int64_t n = tile_begin * kTileRows; n < row_end; ++n) {
-      double sum = base_sum(a, m, n);
-      if (a.bias) sum += load(a.bias, a.bias_dtype, n);
-      for (int64_t r = 0; r < rank; ++r) {
-        const int64_t at = a.bank.tiled ? (n / kTileRows * rank + r) * kTileRows + n % kTileRows : n * rank + r;
-        sum += static_cast<double>(a.t[m * rank + r]) * load(a.bank.up, a.bank.dtype, at);
+void tiles(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
+  const int64_t out = a.w.out_features, rank = a.bank.rank, tiles = a.w.g.tiles, block_rows = row_panels(a.m).block_rows();
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t tile = unit % tiles, block = unit / tiles;
+    const int64_t row_end = (block + 1) * block_rows < a.m ? (block + 1) * block_rows : a.m;
+    const int64_t n_end = (tile + 1) * kTileRows < out ? (tile + 1) * kTileRows : out;
+    for (int64_t m = block * block_rows; m < row_end; ++m)
+      for (int64_t n = tile * kTileRows; n < n_end; ++n) {
+        double sum = base_sum(a, m, n);
+        if (a.bias) sum += load(a.bias, a.bias_dtype, n);
+        for (int64_t r = 0; r < rank; ++r) {
+          const int64_t at = a.bank.tiled ? (n / kTileRows * rank + r) * kTileRows + n % kTileRows : n * rank + r;
+          sum += static_cast<double>(a.t[m * rank + r]) * load(a.bank.up, a.bank.dtype, at);
+        }
+        store(a.y, a.x_dtype, m * out + n, static_cast<float>(sum));
       }
-      store(a.y, a.x_dtype, m * out + n, static_cast<float>(sum));
-    }
+  }
 }
 
 void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) {
@@ -152,19 +156,36 @@ void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) {
     for (int64_t k = 0; k < w.in_features; ++k) out[(n - begin) * w.in_features + k] = value(w, n, k);
 }
 
-void backward_chunks(const BackwardArgs& a, int64_t begin, int64_t end) {
+void prepare_grad(const BackwardArgs&, int64_t, int64_t) {}  // read where it lies
+
+void backward_units(const BackwardArgs& a, int64_t unit_begin, int64_t unit_end) {
   const int64_t in = a.w.in_features, out = a.w.out_features;
-  const int64_t last = end * kColumnAlign < in ? end * kColumnAlign : in;
-  for (int64_t m = 0; m < a.m; ++m)
-    for (int64_t k = begin * kColumnAlign; k < last; ++k) {
-      double sum = 0;
-      for (int64_t n = 0; n < out; ++n) sum += static_cast<double>(load(a.grad, a.dtype, m * out + n)) * value(a.w, n, k);
-      store(a.dx, a.dtype, m * in + k, static_cast<float>(sum));
-    }
+  const int64_t chunks = round_up(in, kColumnAlign) / kColumnAlign, block_rows = row_panels(a.m).block_rows();
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t chunk = unit % chunks, block = unit / chunks;
+    const int64_t row_end = (block + 1) * block_rows < a.m ? (block + 1) * block_rows : a.m;
+    const int64_t k_end = (chunk + 1) * kColumnAlign < in ? (chunk + 1) * kColumnAlign : in;
+    for (int64_t m = block * block_rows; m < row_end; ++m)
+      for (int64_t k = chunk * kColumnAlign; k < k_end; ++k) {
+        double sum = 0;
+        for (int64_t n = 0; n < out; ++n) sum += static_cast<double>(load(a.grad, a.dtype, m * out + n)) * value(a.w, n, k);
+        store(a.dx, a.dtype, m * in + k, static_cast<float>(sum));
+      }
+  }
+}
+
+uint64_t read(const uint8_t* data, int64_t bytes) {
+  uint64_t all = 0;
+  for (int64_t i = 0; i + 8 <= bytes; i += 8) {
+    uint64_t v;
+    std::memcpy(&v, data + i, sizeof v);
+    all ^= v;
+  }
+  return all;
 }
 
 }  // namespace
 
-const Kernels kReference = {"reference", prepare, bank_down, tiles, decode_rows, backward_chunks};
+const Kernels kReference = {"reference", prepare, bank_down, tiles, decode_rows, prepare_grad, backward_units, read};
 
 }  // namespace calora

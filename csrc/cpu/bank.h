@@ -1,0 +1,142 @@
+// The low-rank bank: t = phi(x D^T), and t U^T onto the live accumulators of a tile.
+#pragma once
+#include "../kernels.h"
+
+namespace calora {
+namespace {
+
+constexpr int64_t kUpChunk = 16;  // ranks of a row-major U that are turned at once
+
+float gelu(float v) { return 0.5f * v * (1.0f + __builtin_erff(v * 0.70710678f)); }
+
+// MB rows of x times RB rows of D. Every product has one accumulator that runs along k, so t does not depend on how rows and
+// ranks were cut into blocks (and hence on the number of threads).
+template <class V, int MB, int RB, class X, class D>
+void down_block(const X* x, const D* d, int64_t in, float* t, int64_t rank) {
+  constexpr int64_t L = V::kLanes;
+  typename V::F acc[MB][RB];
+  for (auto& row : acc)
+    for (auto& v : row) v = V::zero();
+  auto step = [&](int64_t k, auto load) __attribute__((always_inline)) {
+    typename V::F w[RB];
+#pragma GCC unroll 8
+    for (int r = 0; r < RB; ++r) w[r] = load(d + r * in + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < MB; ++m) {
+      const auto v = load(x + m * in + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < RB; ++r) acc[m][r] = V::fma(v, w[r], acc[m][r]);
+    }
+  };
+  int64_t k = 0;
+  for (; k + L <= in; k += L) step(k, [](auto* p) { return V::load(p); });
+  if (k < in) step(k, [&](auto* p) { return V::load_part(p, in - k); });
+  for (int m = 0; m < MB; ++m)
+    for (int r = 0; r < RB; ++r) t[m * rank + r] = V::sum(acc[m][r]);
+}
+
+// M rows of x times ranks [begin, end).
+template <class V, int M, class X, class D>
+void down_ranks(const X* x, const D* d, int64_t in, float* t, int64_t rank, int64_t begin, int64_t end) {
+  constexpr int kWide = M == 1 ? 8 : V::kLanes == 16 ? 4 : 2;
+  int64_t r = begin;
+  for (; r + kWide <= end; r += kWide) down_block<V, M, kWide>(x, d + r * in, in, t + r, rank);
+  for (; r < end; ++r) down_block<V, M, 1>(x, d + r * in, in, t + r, rank);
+}
+
+template <class V, class X, class D>
+void down(const LinearArgs& a, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end) {
+  const int64_t in = a.w.in_features, rank = a.bank.rank;
+  const auto* d = static_cast<const D*>(a.bank.down);
+  for (int64_t m = row_begin; m < row_end;) {
+    const X* x = static_cast<const X*>(a.x) + m * in;
+    float* t = a.t + m * rank;
+    if (row_end - m >= 4) down_ranks<V, 4>(x, d, in, t, rank, rank_begin, rank_end), m += 4;
+    else down_ranks<V, 1>(x, d, in, t, rank, rank_begin, rank_end), m += 1;
+  }
+  for (int64_t m = row_begin; m < row_end; ++m)
+    for (int64_t r = rank_begin > a.bank.identity_rank ? rank_begin : a.bank.identity_rank; r < rank_end; ++r)
+      a.t[m * rank + r] = gelu(a.t[m * rank + r]);
+}
+
+template <class V>
+void bank_down(const LinearArgs& a, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end) {
+  const bool x32 = a.x_dtype == DType::f32, d32 = a.bank.dtype == DType::f32;
+  if (x32 && d32) down<V, float, float>(a, row_begin, row_end, rank_begin, rank_end);
+  else if (x32) down<V, float, uint16_t>(a, row_begin, row_end, rank_begin, rank_end);
+  else if (d32) down<V, uint16_t, float>(a, row_begin, row_end, rank_begin, rank_end);
+  else down<V, uint16_t, uint16_t>(a, row_begin, row_end, rank_begin, rank_end);
+}
+
+// acc += t[m0 + m, begin..end) * rows of up, (end - begin, 32).
+template <class V, int M, class U>
+void up_ranks(const LinearArgs& a, int64_t m0, const U* up, int64_t begin, int64_t end, typename V::F (&acc)[M][V::kTileRegs]) {
+  const float* t = a.t + m0 * a.bank.rank;
+  for (int64_t r = begin; r < end; ++r, up += kTileRows)
+#pragma GCC unroll 4
+    for (int i = 0; i < V::kTileRegs; ++i) {
+      const auto u = V::load(up + i * V::kLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][i] = V::fma(V::set1(t[m * a.bank.rank + r]), u, acc[m][i]);
+    }
+}
+
+template <class V, int M, class U>
+void up_tile(const LinearArgs& a, int64_t m0, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+  const auto* up = static_cast<const U*>(a.bank.up);
+  const int64_t rank = a.bank.rank;
+  if (a.bank.tiled) return up_ranks<V, M>(a, m0, up + tile * rank * kTileRows, 0, rank, acc);
+  // Row-major is what training holds; turning it costs a scalar load per element, which inference avoids by tiling once.
+  const int64_t rows = a.w.out_features - tile * kTileRows < kTileRows ? a.w.out_features - tile * kTileRows : kTileRows;
+  for (int64_t r0 = 0; r0 < rank; r0 += kUpChunk) {
+    const int64_t r1 = r0 + kUpChunk < rank ? r0 + kUpChunk : rank;
+    alignas(64) U turned[kUpChunk * kTileRows] = {};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t r = r0; r < r1; ++r) turned[(r - r0) * kTileRows + i] = up[(tile * kTileRows + i) * rank + r];
+    up_ranks<V, M>(a, m0, turned, r0, r1, acc);
+  }
+}
+
+// Rows [m0, m0 + M) of t times U^T, for the 32 rows of a tile.
+template <class V, int M>
+void bank_up(const LinearArgs& a, int64_t m0, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+  if (a.bank.dtype == DType::f32) up_tile<V, M, float>(a, m0, tile, acc);
+  else up_tile<V, M, uint16_t>(a, m0, tile, acc);
+}
+
+// The end of every tile: acc + bias + t U^T -> y, rounded once.
+template <class V, int M, class Y, class B>
+void store_rows(const LinearArgs& a, int64_t m0, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+  const int64_t out = a.w.out_features;
+#pragma GCC unroll 4
+  for (int i = 0; i < V::kTileRegs; ++i) {
+    const int64_t n = tile * kTileRows + i * V::kLanes, left = out - n;
+    if (left <= 0) return;
+    const bool whole = left >= V::kLanes;
+    const B* bias = static_cast<const B*>(a.bias) + n;
+    const auto b = !a.bias ? V::zero() : whole ? V::load(bias) : V::load_part(bias, left);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Y* y = static_cast<Y*>(a.y) + (m0 + m) * out + n;
+      const auto v = V::add(acc[m][i], b);
+      if (whole) V::store(y, v);
+      else V::store_part(y, v, left);
+    }
+  }
+}
+
+template <class V, int M>
+void finish_tile(const LinearArgs& a, int64_t m0, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+  if (a.bank.rank) bank_up<V, M>(a, m0, tile, acc);
+  const bool b32 = a.bias_dtype == DType::f32;
+  if (a.x_dtype == DType::f32) {
+    if (b32) store_rows<V, M, float, float>(a, m0, tile, acc);
+    else store_rows<V, M, float, uint16_t>(a, m0, tile, acc);
+  } else {
+    if (b32) store_rows<V, M, uint16_t, float>(a, m0, tile, acc);
+    else store_rows<V, M, uint16_t, uint16_t>(a, m0, tile, acc);
+  }
+}
+
+}  // namespace
+}  // namespace calora

@@ -1,0 +1,53 @@
+// A rung: the templates over the vectors of one instruction set. Included by one translation unit per rung, after simd_*.h.
+// Everything here has internal linkage and nothing from std:: is instantiated: an inline function compiled with a rung's
+// flags could otherwise be the one copy that the linker keeps for baseline code.
+#pragma once
+#include "bank.h"
+#include "decode.h"
+#include "gemm.h"
+#include "prepare.h"
+
+namespace calora {
+namespace {
+
+template <class V>
+void prepare_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
+  if (a.m <= kDecodeRows) prepare<V>(a, row_begin, row_end);
+  else prefill_prepare<V>(a, row_begin, row_end);
+}
+
+template <class V>
+void units(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
+  if (a.m <= kDecodeRows) decode_tiles<V>(a, unit_begin, unit_end);
+  else gemm_units<V>(a, unit_begin, unit_end);
+}
+
+void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) { kReference.decode_rows(w, begin, end, out); }
+
+// Four streams with software prefetch: what one core needs to saturate its share of the memory bus.
+template <class V>
+uint64_t read(const uint8_t* data, int64_t bytes) {
+  constexpr int kStreams = 4, kChunk = 256, kAhead = 1024;
+  const int64_t part = bytes / kStreams / kChunk * kChunk;
+  typename V::I all[4] = {V::izero(), V::izero(), V::izero(), V::izero()};
+  for (int64_t at = 0; at < part; at += kChunk)
+    for (int s = 0; s < kStreams; ++s) {
+      const uint8_t* p = data + s * part + at;
+      for (int i = 0; i < kChunk; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+#pragma GCC unroll 8
+      for (int i = 0; i < kChunk / V::kBytes; ++i) all[i % 4] = V::ixor(all[i % 4], V::iload(p + i * V::kBytes));
+    }
+  uint64_t words[V::kBytes / 8], result = 0;
+  V::istore(words, V::ixor(V::ixor(all[0], all[1]), V::ixor(all[2], all[3])));
+  for (const uint64_t w : words) result ^= w;
+  return result ^ kReference.read(data + kStreams * part, bytes - kStreams * part);
+}
+
+// consteval: a table built at load would run code of this instruction set on processors that lack it.
+template <class V>
+consteval Kernels rung(const char* isa) {
+  return {isa, prepare_x<V>, bank_down<V>, units<V>, decode_rows, prepare_grad<V>, backward_units<V>, read<V>};
+}
+
+}  // namespace
+}  // namespace calora
