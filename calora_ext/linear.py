@@ -13,8 +13,7 @@ from torch.utils._pytree import tree_map
 from . import ops
 from .errors import CaloraError
 from .formats import WeightFormat
-
-_READ_ONLY = "CompressedLinear.weight is a decoded, read-only view; merge adapters with calora_ext.merge_adapter"
+from .recipe import Recipe
 
 
 class DecodedView(torch.Tensor):
@@ -36,7 +35,7 @@ class DecodedView(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         # These descriptors are created afresh on each access: `is` never matches.
         if func == torch.Tensor.data.__set__:
-            raise CaloraError(_READ_ONLY)
+            raise CaloraError(args[0]._layer.read_only)
         if func == torch.Tensor.data.__get__ or func is torch.Tensor.detach:
             return args[0]
         with torch._C.DisableTorchFunctionSubclass():
@@ -47,7 +46,7 @@ class DecodedView(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return cls(args[0]._layer)
         if func._schema.is_mutable and isinstance(args[0], cls):
-            raise CaloraError(_READ_ONLY)
+            raise CaloraError(args[0]._layer.read_only)
         decoded = lambda a: a._layer.decode().to(a.dtype) if isinstance(a, cls) else a  # noqa: E731
         return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
 
@@ -59,6 +58,8 @@ class CompressedLinear(nn.Linear):
     ``.weight.dtype`` reports and the bias is stored in. The packed tensors (uint8) are buffers named by ``fmt.tensors``;
     they start uninitialised: use :meth:`from_linear`, or load a state dict.
     """
+
+    read_only = "CompressedLinear.weight is a decoded, read-only view; merge adapters with calora_ext.merge_adapter"
 
     def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, dtype=None, device=None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight
@@ -75,11 +76,16 @@ class CompressedLinear(nn.Linear):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, fmt: WeightFormat, packed: dict[str, Tensor] | None = None) -> CompressedLinear:
+    def from_linear(cls, linear: nn.Module, fmt: WeightFormat | Recipe, packed: dict[str, Tensor] | None = None) -> CompressedLinear:
         """Pack an nn.Linear, or transformers' Conv1D (transposed once, here). packed: tensors already chosen for it.
 
         Raises CaloraError for another kind of module, or for weights that are not finite.
         """
+        if isinstance(fmt, Recipe):
+            recipe = fmt.resolve(calibrated=False)
+            layer = cls.from_linear(linear, recipe.format(), packed)
+            layer.activations = recipe.activations
+            return layer
         weight = dense_weight(linear)
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, linear.bias is not None, fmt, weight.dtype, "meta")
@@ -96,6 +102,10 @@ class CompressedLinear(nn.Linear):
     def weight(self) -> Tensor:
         return DecodedView(self)
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_write(self, value)
+
     def packed_tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.format.tensors(self.in_features, self.out_features)}
 
@@ -104,13 +114,20 @@ class CompressedLinear(nn.Linear):
         return ops.decode(list(self.packed_tensors().values()), self.format, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        down = up = None
-        identity_rank = 0
-        if self.bank is not None:
-            down, up, identity_rank = self.bank.factors()
+        if self.bank is None:
+            return self.fused(x)
+        term = self.bank.forward_train(x)
+        if term is None:
+            return self.fused(x, *self.bank.factors())
+        # Trained with dropout: the branches see other inputs than the base, so torch adds them.
+        return (self.fused(x, activations="exact").float() + term).to(x.dtype)
+
+    def fused(self, x: Tensor, down: Tensor | None = None, up: Tensor | None = None, identity_rank: int = 0,
+              activations: str | None = None) -> Tensor:  # fmt: skip
+        """The base with these low-rank operands instead of the layer's own bank; see ``ops.linear``."""
         return ops.linear(
             x, list(self.packed_tensors().values()), self.format, self.in_features, self.out_features,
-            self.bias, down, up, identity_rank, self.activations,
+            self.bias, down, up, identity_rank, activations or self.activations,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:
@@ -125,6 +142,12 @@ class CompressedLinear(nn.Linear):
     def extra_repr(self) -> str:
         bits = self.format.bits_per_weight(self.in_features, self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight"
+
+
+def refuse_write(layer: nn.Module, value: Tensor) -> None:
+    """What assigning to ``.weight`` does: nothing for the layer's own view (PEFT does that when it unwraps), else an error."""
+    if not isinstance(value, DecodedView) or value._layer is not layer:
+        raise CaloraError(layer.read_only)
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -17,6 +17,8 @@ from . import layout
 from .layout import LAYOUT_VERSION, Geometry
 from .values import VALUES, Quantized
 
+CHUNK = 1 << 22  # weights that are rounded at a time
+
 __all__ = ["LAYOUT_VERSION", "Geometry", "Quantized", "WeightFormat"]
 
 
@@ -80,8 +82,11 @@ class WeightFormat:
         if not torch.isfinite(weight).all():
             raise CaloraError("the weight holds NaN or infinite values; the checkpoint is damaged or training diverged")
         g = self.geometry(weight.shape[1], weight.shape[0])
-        w = pad(weight.detach().float(), (0, g.columns - g.in_features)).view(g.out_features, g.blocks, g.block_columns)
-        codes, scale, zero = VALUES[self.values].quantize(w, self.symmetric)
+        parts = []
+        for rows in weight.detach().split(max(1, CHUNK // g.columns)):  # rows are independent: temporaries stay small
+            w = pad(rows.float(), (0, g.columns - g.in_features)).view(-1, g.blocks, g.block_columns)
+            parts.append(VALUES[self.values].quantize(w, self.symmetric))
+        codes, scale, zero = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         if scale is not None and not torch.isfinite(scale).all():
             raise CaloraError("a weight is too large for an fp16 scale; rescale the layer or keep it in bf16")
         return Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero)

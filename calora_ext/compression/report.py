@@ -1,0 +1,63 @@
+"""What compression did: coverage, bytes, and the error it made in every layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .. import ops
+from ..embedding import CompressedEmbedding
+from ..formats import CHUNK
+from ..linear import CompressedLinear
+from ..policy import Coverage
+from ..recipe import Recipe
+from ..tables import format_bytes, table
+
+
+def relative_error(dense: Tensor, layer: CompressedLinear | CompressedEmbedding) -> float:
+    """||W - What|| / ||W|| (Frobenius) of a dense weight (out, in); 0 for a weight of zeros that stayed so."""
+    packed, norm, error = list(layer.packed_tensors().values()), 0.0, 0.0
+    step = max(1, CHUNK // layer.in_features)
+    for begin in range(0, layer.out_features, step):  # a few rows at a time: no second dense copy
+        rows = slice(begin, min(begin + step, layer.out_features))
+        want = dense[rows].float()
+        norm += float(want.square().sum())
+        error += float((want - ops.decode(packed, layer.format, layer.in_features, layer.out_features, rows)).square().sum())
+    return math.sqrt(error / norm) if norm > 0 else math.sqrt(error)
+
+
+@dataclass(frozen=True)
+class Report:
+    """recipe: as applied, nothing left to default. coverage: every module, compressed or not, and why.
+    errors: relative error of each compressed weight, ||W - What|| / ||W|| (Frobenius). seconds: how long it took.
+    """
+
+    recipe: Recipe
+    coverage: Coverage
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def bytes_before(self) -> int:
+        return self.coverage.dense_nbytes
+
+    @property
+    def bytes_after(self) -> int:
+        return self.coverage.nbytes
+
+    def to_dict(self) -> dict:
+        return {
+            "recipe": self.recipe.to_dict(), "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
+            "seconds": self.seconds, "errors": self.errors, "coverage": self.coverage.to_dict(),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        worst = sorted(self.errors.items(), key=lambda item: -item[1])[:5]
+        ratio = self.bytes_before / max(self.bytes_after, 1)
+        return "\n".join([
+            str(self.coverage), "",
+            table(("largest errors", "relative error"), [(name, f"{error:.4f}") for name, error in worst]), "",
+            f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)} ({ratio:.2f} times smaller) in {self.seconds:.1f} s",
+        ])  # fmt: skip

@@ -1,0 +1,157 @@
+"""Whole models, the functions users call first: compress, estimate, load, set_activations."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm  # heeds HF_HUB_DISABLE_PROGRESS_BARS
+from torch import nn
+
+from ..compression.apply import apply
+from ..compression.calibrate import token_batches
+from ..compression.replace import compressed_modules
+from ..compression.report import Report
+from ..errors import CaloraError
+from ..io import checkpoint
+from ..linear import CompressedLinear
+from ..policy import Coverage, plan
+from ..recipe import ACTIVATIONS, Recipe
+
+BAR_AFTER = 2.0  # seconds without a progress bar
+
+
+def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequence | None = None, tokenizer: Any = None) -> Report:
+    """Compress a transformers model in place; ``model.save_pretrained`` then writes the compressed model.
+
+    calibration: texts (these need the tokenizer) or sequences of token ids; given, int4 and int8 are rounded by GPTQ.
+    Raises CaloraError for a model that is compressed already, weights that are not finite, or calibration data that
+    is empty, too short or leads to NaN; what comes to light halfway leaves a partly compressed model: load it again.
+    """
+    from .transformers import CaloraConfig, PreTrainedModel, mark_compressed
+
+    if not isinstance(model, PreTrainedModel):
+        raise CaloraError(f"expected a transformers model, got {type(model).__name__}; load it with from_pretrained first")
+    started = time.perf_counter()
+    recipe = (recipe or Recipe()).resolve(calibrated=calibration is not None)
+    if recipe.rounding != "gptq" and calibration is not None:
+        raise CaloraError(f"calibration data has no meaning for rounding={recipe.rounding!r}; leave one of them out")
+    coverage = plan(model, recipe)
+    if not coverage.formats:
+        raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
+    batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
+    with tqdm(total=len(coverage.formats), desc="Compressing", unit="layer", delay=BAR_AFTER) as bar:
+        errors = apply(model, coverage, recipe.activations, batches, lambda: bar.update())
+    config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
+    mark_compressed(model, config)
+    set_activations(model, recipe.activations)
+    return Report(recipe, coverage, errors, time.perf_counter() - started)
+
+
+def set_activations(model: nn.Module, activations: str) -> None:
+    """``"int8"``: inference rounds the inputs of compressed layers to int8. ``"exact"``: it takes them as they are.
+
+    Saved with the model. Where gradients are recorded layers are exact in either mode.
+    """
+    if activations not in ACTIVATIONS:
+        raise CaloraError(f"unknown activations {activations!r}; choose one of {', '.join(ACTIVATIONS)}")
+    layers = [m for m in compressed_modules(model).values() if isinstance(m, CompressedLinear)]
+    if not layers:
+        raise CaloraError("the model has no compressed layer; compress it first")
+    for layer in layers:
+        layer.activations = activations
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if hasattr(config, "recipe"):
+        config.recipe = replace(config.recipe, activations=activations)
+        model.hf_quantizer.quantization_config = config
+
+
+def model_class(config: dict[str, Any], directory: Path) -> Any:
+    """The transformers auto class for the architecture that config.json names."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    from transformers.models.auto import modeling_auto as auto
+
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    for mapping, found in (
+        (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+        (auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
+        (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, AutoModelForSequenceClassification),
+    ):
+        if name is not None and any(name in value for value in _tuples(mapping.values())):
+            return found
+    raise CaloraError(
+        f"{directory / checkpoint.CONFIG} names the architecture {name!r}; cx.load knows causal LMs, seq2seq LMs and sequence "
+        "classifiers, load others with their transformers class"
+    )
+
+
+def _tuples(values: Any) -> list[tuple[str, ...]]:
+    return [value if isinstance(value, tuple) else (value,) for value in values]
+
+
+def estimate(directory: str | os.PathLike, recipe: Recipe | None = None) -> Coverage:
+    """What `recipe` would make of a dense model directory, from its config and file headers: no weight is read.
+
+    Raises CaloraError for a directory without weights, or a config that transformers cannot build a model from.
+    """
+    directory = Path(directory)
+    config, headers = checkpoint.open_directory(directory)
+    if config.get("quantization_config"):
+        raise CaloraError(f"{directory} is compressed already; estimate starts from the dense model")
+    kept = [checkpoint.DTYPES[h.tensors[n].dtype] for n, h in headers.items()]
+    dtype = next((d for d in kept if d.is_floating_point), torch.float32)
+    return plan(_build(directory, config, dtype), (recipe or Recipe()).resolve(calibrated=True))
+
+
+def _build(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device."""
+    from transformers import AutoConfig
+
+    auto = model_class(config, directory)
+    try:
+        with torch.device("meta"):
+            return auto.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+    except Exception as error:  # a config can be wrong in any way
+        raise CaloraError(f"transformers cannot build a model from {directory / checkpoint.CONFIG}: {_line(error)}") from error
+
+
+def load(directory: str | os.PathLike, **kwargs: Any) -> nn.Module:
+    """Load a model directory, compressed or dense, with the class its config names; kwargs go to ``from_pretrained``.
+
+    Stricter than ``from_pretrained``: everything wrong with the directory is one CaloraError, and so is a tensor that
+    the model needs and the files lack.
+    """
+    from . import transformers  # noqa: F401  (registers the quantizer, whatever was imported before)
+
+    directory = Path(directory)
+    config, headers = checkpoint.open_directory(directory)
+    auto = model_class(config, directory)
+    _check_depth(directory, config, len(headers))
+    try:
+        model, info = auto.from_pretrained(directory, output_loading_info=True, **kwargs)
+    except CaloraError:
+        raise
+    except Exception as error:  # a damaged config can fail anywhere inside transformers
+        raise CaloraError(f"{directory} cannot be loaded: {_line(error)}") from error
+    if info["missing_keys"]:
+        raise CaloraError(f"{directory} lacks {sorted(info['missing_keys'])[0]}, which the model needs; copy it again")
+    return model
+
+
+def _check_depth(directory: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse a layer count that the files cannot fill before transformers builds that many layers."""
+    for name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        layers = config.get(name, 0)
+        if isinstance(layers, int) and layers > tensors:
+            raise CaloraError(f"{directory / checkpoint.CONFIG} asks for {name}={layers}, the files hold {tensors} tensors")
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error, for a sentence."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

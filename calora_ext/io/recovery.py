@@ -1,0 +1,136 @@
+"""The recovery half of an adapter, beside its PEFT half: ``recovery_config.json`` + ``recovery_model.safetensors``.
+
+Recovery modules (CA-LoRA, arXiv 2307.07705) make up for what one particular compression lost, so their config carries a
+fingerprint of the base that they were trained on.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CaloraError
+from ..lowrank import Factors
+from .files import Writers, json_writer, read_json
+from .peft_adapter import float32_factors, read_tensors
+
+CONFIG_NAME = "recovery_config.json"
+WEIGHTS_NAME = "recovery_model.safetensors"
+FORMAT_VERSION = 1
+ACTIVATION = "gelu"  # erf, on the rank, between down and up
+
+_KEY = re.compile(r"(?P<path>.+)\.recovery_(?P<side>[AB])\.weight")
+
+
+@dataclass
+class RecoveryAdapter:
+    """factors: the branch of each module, by module path. base: :func:`fingerprint` of the model it was trained on. full:
+    replaced parameters (a classification head) of an adapter that has no PEFT half to keep them, by parameter path."""
+
+    factors: dict[str, Factors]
+    base: dict = field(default_factory=dict)
+    full: dict[str, Tensor] = field(default_factory=dict)
+
+
+def has_recovery(directory: str | os.PathLike) -> bool:
+    return (Path(directory) / CONFIG_NAME).exists() or (Path(directory) / WEIGHTS_NAME).exists()
+
+
+def read_recovery(directory: str | os.PathLike) -> RecoveryAdapter:
+    """Read the recovery half of an adapter directory. Raises CaloraError for anything that is not whole."""
+    directory = Path(directory)
+    config = read_json(directory / CONFIG_NAME)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise CaloraError(
+            f"{directory / CONFIG_NAME} has format_version {config.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
+            "update calora_ext"
+        )
+    if config.get("activation") != ACTIVATION:
+        raise CaloraError(f"{directory / CONFIG_NAME}: activation {config.get('activation')!r} is not supported; only {ACTIVATION} is")
+    scales, base, parameters = config.get("scales"), config.get("base"), config.get("parameters", [])
+    if not isinstance(scales, dict) or not scales or not all(_is_number(s) for s in scales.values()):
+        raise CaloraError(f"{directory / CONFIG_NAME} lacks the scales of its modules; the file is damaged")
+    if not isinstance(base, dict) or not isinstance(parameters, list):
+        raise CaloraError(f"{directory / CONFIG_NAME} lacks the base that it belongs to; the file is damaged")
+    halves: dict[str, dict[str, Tensor]] = {}
+    full = {}
+    for key, tensor in read_tensors(directory / WEIGHTS_NAME).items():
+        match = _KEY.fullmatch(key)
+        if key in parameters:
+            full[key] = tensor
+            continue
+        if not match:
+            raise CaloraError(f"{directory / WEIGHTS_NAME}: tensor {key} is no part of a recovery module; the file is damaged")
+        halves.setdefault(match["path"], {})[match["side"]] = tensor
+    for path in sorted(halves.keys() | scales.keys()):
+        if set(halves.get(path, ())) != {"A", "B"} or path not in scales:
+            raise CaloraError(f"{directory}: the recovery module of {path} is incomplete; the files are damaged or do not belong together")
+    if len(full) != len(parameters):
+        raise CaloraError(f"{directory}: {WEIGHTS_NAME} lacks replaced parameters that {CONFIG_NAME} lists; the file is damaged")
+    factors = {path: float32_factors(half["A"], half["B"], float(scales[path])) for path, half in halves.items()}
+    return RecoveryAdapter(factors, base, full)
+
+
+def recovery_writers(recovery: RecoveryAdapter, dtype: torch.dtype) -> Writers:
+    """The two files of the recovery half, for ``write_together``."""
+    tensors = dict(recovery.full)
+    for path, f in recovery.factors.items():
+        tensors[f"{path}.recovery_A.weight"] = f.down.to(dtype)
+        tensors[f"{path}.recovery_B.weight"] = f.up.to(dtype)
+    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    config = {
+        "format_version": FORMAT_VERSION,
+        "activation": ACTIVATION,
+        "scales": {path: f.scale for path, f in recovery.factors.items()},
+        "parameters": sorted(recovery.full),
+        "base": recovery.base,
+    }
+    return {WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}), CONFIG_NAME: json_writer(config)}
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What a recovery half remembers of its base: the model type, and how it was compressed (the recipe, the formats of
+    single modules, and size and BLAKE2 of each file where the base was saved); None where it is dense."""
+    config = getattr(model, "config", None)
+    quantization = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    quantization = quantization or getattr(config, "quantization_config", None)
+    if hasattr(quantization, "to_dict"):
+        quantization = quantization.to_dict()
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "calora":
+        quantization = None
+    return {"model_type": getattr(config, "model_type", None), "quantization": quantization}
+
+
+def compare_bases(trained_on: dict, model: dict) -> str | None:
+    """A sentence about what differs between two fingerprints, for a warning; None if nothing does.
+
+    Raises CaloraError for another architecture. Layer shapes are compared when the factors are loaded.
+    """
+    a, b = trained_on.get("model_type"), model.get("model_type")
+    if a is not None and b is not None and a != b:
+        raise CaloraError(f"the recovery modules were trained on a {a} model, this is a {b} model; load the adapter on its own base")
+    old, new = trained_on.get("quantization"), model.get("quantization")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return None if old == new else f"they were trained on {_name(old)}, this is {_name(new)}"
+    differing = sorted(key for key in old.keys() | new.keys() if key not in ("files", "layout_version") and old.get(key) != new.get(key))
+    if differing:
+        return "their base was compressed with " + ", ".join(f"{k}={old.get(k)!r} (here {new.get(k)!r})" for k in differing)
+    if old.get("files") and new.get("files") and old["files"] != new["files"]:
+        return "their base was compressed with the same recipe, but its files differ from this model's"
+    return None
+
+
+def _name(quantization: object) -> str:
+    return "a compressed model" if isinstance(quantization, dict) else "a dense model"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

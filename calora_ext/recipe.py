@@ -1,0 +1,142 @@
+"""``Recipe``: what a user asks of the compression, in one frozen object that is stored with the model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .errors import CaloraError
+from .formats import LAYOUT_VERSION, WeightFormat
+from .formats.values import VALUES
+
+DEFAULT_GROUP = 64
+ROUNDINGS = ("rtn", "gptq")
+ACTIVATIONS = ("int8", "exact")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is compressed. Raises :class:`CaloraError` for a value, or a combination, without meaning.
+
+    weights: how a kept weight is stored: ``"int4"``, ``"int8"`` (one scale per row) or ``"bf16"``.
+    group_size: columns that share an int4 scale, a multiple of 32, or -1 for one scale per row; default 64.
+    symmetric: False stores a zero point per int4 group.
+    rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data); default gptq when
+    calibration data is given, rtn otherwise.
+    sparsity, pruner, rates: reserved for sparse weights, which this version does not have.
+    activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
+    lm_head: how the output head is stored where it is not tied to the input embeddings; None keeps it dense.
+    embeddings: how the input embeddings are stored (a tied head shares them); None keeps them dense.
+    skip: regexes, searched in the dotted names of the modules that stay dense besides the ones the policy skips.
+    """
+
+    weights: str = "int4"
+    group_size: int | None = None
+    symmetric: bool = True
+    rounding: str | None = None
+    sparsity: str | float | None = None
+    pruner: str | None = None
+    rates: str | dict[str, float] = "uniform"
+    activations: str = "int8"
+    lm_head: str | None = "int8"
+    embeddings: str | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.pruner is not None:
+            raise CaloraError(f"pruner={self.pruner!r} has no meaning without sparsity; leave pruner out")
+        for name, default in (("sparsity", None), ("pruner", None), ("rates", "uniform")):
+            if getattr(self, name) != default:
+                raise CaloraError(f"{name}={getattr(self, name)!r} is not in this version; weights are dense, leave {name} out")
+        for name in ("weights", "lm_head", "embeddings"):
+            self._check_weights(name, getattr(self, name))
+        if not isinstance(self.symmetric, bool):
+            raise CaloraError(f"symmetric must be true or false, got {self.symmetric!r}")
+        self._settle_group_size()
+        if self.rounding is not None:
+            _choose("rounding", self.rounding, ROUNDINGS)
+            if self.rounding == "gptq" and self.weights == "bf16":
+                raise CaloraError("rounding='gptq' has no meaning for bf16 weights; use rounding='rtn'")
+        _choose("activations", self.activations, ACTIVATIONS)
+        self._settle_skip()
+        WeightFormat(self.weights, self.group_size, self.symmetric)  # its own checks
+
+    def _check_weights(self, field: str, name: Any) -> None:
+        if name is None and field != "weights":
+            return
+        if name == "nf4":
+            raise CaloraError(f"{field}='nf4' is not in this version; use 'int4'")
+        _choose(field, name, tuple(sorted(VALUES)))
+
+    def _settle_group_size(self) -> None:
+        grouped = VALUES[self.weights].grouped
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", DEFAULT_GROUP if grouped else -1)
+        elif isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
+            raise CaloraError(f"group_size must be a whole number, got {self.group_size!r}")
+        elif not grouped and self.group_size != -1:
+            raise CaloraError(f"group_size={self.group_size} has no meaning for {self.weights} weights; leave it out")
+
+    def _settle_skip(self) -> None:
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise CaloraError(f"skip must be a list of regexes, got {self.skip!r}")
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CaloraError(f"skip pattern {pattern!r} is not a valid regex: {error}") from None
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def resolve(self, calibrated: bool) -> Recipe:
+        """This recipe with ``rounding`` decided. Raises CaloraError for gptq without calibration data."""
+        if self.rounding is None:
+            return replace(self, rounding="gptq" if calibrated and self.weights != "bf16" else "rtn")
+        if self.rounding == "gptq" and not calibrated:
+            raise CaloraError("rounding='gptq' needs calibration data; pass calibration=, or use rounding='rtn'")
+        return self
+
+    def format(self, role: str = "linear") -> WeightFormat | None:
+        """The weight format of a ``"linear"``, the ``"lm_head"`` or the ``"embeddings"``; None: it stays dense."""
+        if role == "linear":
+            return WeightFormat(self.weights, self.group_size, self.symmetric)
+        values = self.lm_head if role == "lm_head" else self.embeddings
+        if values is None:
+            return None
+        if not VALUES[values].grouped:
+            return WeightFormat(values)
+        return WeightFormat(values, self.group_size if VALUES[self.weights].grouped else DEFAULT_GROUP, self.symmetric)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; carries the layout version of this package."""
+        return {"layout_version": LAYOUT_VERSION, **asdict(self), "skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Recipe:
+        """Inverse of :meth:`to_dict`. Raises CaloraError for an unknown key, or a layout newer than this package."""
+        if not isinstance(values, dict):
+            raise CaloraError(f"a recipe must be a dictionary, got {type(values).__name__}")
+        values = dict(values)
+        check_layout_version(values.pop("layout_version", LAYOUT_VERSION))
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise CaloraError(f"unknown recipe field {unknown[0]!r}; this version knows {', '.join(f.name for f in fields(cls))}")
+        try:
+            return cls(**values)
+        except (TypeError, AttributeError) as error:
+            raise CaloraError(f"the recipe holds a value of the wrong type: {error}") from None
+
+
+def check_layout_version(version: Any) -> None:
+    """Raises CaloraError unless this package reads that layout."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise CaloraError(f"layout_version must be a positive whole number, got {version!r}; the config is damaged")
+    if version > LAYOUT_VERSION:
+        raise CaloraError(
+            f"the model was saved with layout {version}, this calora_ext reads up to {LAYOUT_VERSION}; upgrade calora_ext"
+        )
+
+
+def _choose(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise CaloraError(f"unknown {field} {value!r}; choose one of {', '.join(choices)}")

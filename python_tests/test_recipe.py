@@ -1,0 +1,72 @@
+"""Recipe: defaults, meaningless combinations, JSON."""
+
+import json
+
+import pytest
+
+from calora_ext import CaloraError, Recipe, WeightFormat
+
+
+def test_defaults_are_the_stated_ones():
+    recipe = Recipe()
+    assert recipe.format() == WeightFormat("int4", 64)
+    assert recipe.format("lm_head") == WeightFormat("int8") and recipe.format("embeddings") is None
+    assert recipe.resolve(calibrated=False).rounding == "rtn" and recipe.resolve(calibrated=True).rounding == "gptq"
+    assert Recipe(weights="bf16").resolve(calibrated=True).rounding == "rtn"
+    assert Recipe(weights="int8").group_size == -1
+    assert Recipe(weights="int8", embeddings="int4").format("embeddings") == WeightFormat("int4", 64)
+    assert Recipe(group_size=128, embeddings="int4").format("embeddings") == WeightFormat("int4", 128)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weights": "int3"}, "unknown weights 'int3'"),
+        ({"weights": "nf4"}, "weights='nf4' is not in this version"),
+        ({"weights": None}, "unknown weights None"),
+        ({"weights": ["int4"]}, "unknown weights"),
+        ({"sparsity": "2:4"}, "sparsity='2:4' is not in this version"),
+        ({"sparsity": 0.7, "pruner": "wanda"}, "sparsity=0.7 is not in this version"),
+        ({"pruner": "wanda"}, "without sparsity"),
+        ({"rates": "owl"}, "rates='owl' is not in this version"),
+        ({"group_size": 48}, "multiple of 32"),
+        ({"group_size": "64"}, "whole number"),
+        ({"group_size": 64, "weights": "int8"}, "no meaning for int8"),
+        ({"symmetric": False, "weights": "int8"}, "zero points"),
+        ({"symmetric": 1}, "true or false"),
+        ({"rounding": "awq"}, "unknown rounding"),
+        ({"rounding": "gptq", "weights": "bf16"}, "no meaning for bf16"),
+        ({"activations": "fp8"}, "unknown activations"),
+        ({"lm_head": "fp8"}, "unknown lm_head"),
+        ({"embeddings": "nf4"}, "embeddings='nf4' is not in this version"),
+        ({"skip": ["("]}, "not a valid regex"),
+        ({"skip": "lm_head"}, "list of regexes"),
+    ],
+    ids=str,
+)
+def test_meaningless_fields_are_refused_by_name(fields, message):
+    with pytest.raises(CaloraError, match=message):
+        Recipe(**fields)
+
+
+def test_gptq_needs_calibration():
+    with pytest.raises(CaloraError, match="needs calibration"):
+        Recipe(rounding="gptq").resolve(calibrated=False)
+
+
+def test_json_round_trip():
+    recipe = Recipe(group_size=128, symmetric=False, rounding="gptq", embeddings="int8", skip=["down_proj"])
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_bad_json_is_refused():
+    with pytest.raises(CaloraError, match="'colour'"):
+        Recipe.from_dict({"colour": "red"})
+    with pytest.raises(CaloraError, match="upgrade"):
+        Recipe.from_dict({"layout_version": 99})
+    with pytest.raises(CaloraError, match="layout_version"):
+        Recipe.from_dict({"layout_version": "1"})
+    with pytest.raises(CaloraError, match="wrong type"):
+        Recipe.from_dict({"skip": 3})
+    with pytest.raises(CaloraError, match="dictionary"):
+        Recipe.from_dict([1])
