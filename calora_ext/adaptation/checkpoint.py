@@ -1,0 +1,111 @@
+"""Checkpoints of a training run: the trained parameters, the optimiser's state, the step. safetensors and JSON, never pickled.
+
+The data order and every random draw are functions of (seed, step), so nothing else is needed to go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CaloraError
+from ..io.files import read_json
+
+_STATE, _TRAINED, _OPTIMIZER = "state.json", "trained.safetensors", "optimizer.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class Checkpoint:
+    """A run after ``step`` optimiser steps. run: what must be equal to go on. history: one row per step."""
+
+    step: int
+    run: dict
+    history: list[dict]
+    trained: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def save(
+    directory: Path, step: int, run: dict, history: list[dict], parameters: dict[str, nn.Parameter], optimizer, keep: int | None
+) -> Path:
+    """Write directory/checkpoint-STEP: beside first, then renamed. Of older ones the newest keep - 1 stay."""
+    target = directory / f"checkpoint-{step}"
+    part = directory / f".{target.name}.{os.getpid()}.part"
+    states = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, part / _TRAINED)
+        save_file(states, part / _OPTIMIZER)
+        (part / _STATE).write_text(json.dumps({"version": 1, "step": step, "run": run, "history": history}) + "\n")
+        if target.exists():
+            shutil.rmtree(target)
+        part.replace(target)
+        for old in [] if keep is None else found_in(directory)[: -max(1, keep)]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        raise CaloraError(f"cannot write {target}: {error}; free some space or choose another output_dir") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def found_in(directory: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not directory.is_dir():
+        return []
+    named = [(int(m[1]), p) for p in directory.iterdir() if (m := _NAME.fullmatch(p.name)) and (p / _STATE).is_file()]
+    return [p for _, p in sorted(named)]
+
+
+def newest(resume: str | bool | None, directory: str | None) -> Path | None:
+    """The checkpoint that ``resume_from_checkpoint`` asks for; None to start afresh."""
+    if not resume:
+        return None
+    if resume is True or str(resume).lower() == "true":
+        return next(reversed(found_in(Path(directory or "."))), None)
+    path = Path(resume)
+    if not (path / _STATE).is_file():
+        raise CaloraError(
+            f"{path} is not a checkpoint: it holds no {_STATE}; give a directory checkpoint-N, or True for the newest"
+        )
+    return path
+
+
+def load(path: Path, run: dict, parameters: dict[str, nn.Parameter]) -> Checkpoint:
+    """Read a checkpoint of this very run. Raises CaloraError that names what differs, or which file is damaged."""
+    state = read_json(path / _STATE)
+    if state.get("version") != 1 or not {"step", "run", "history"} <= state.keys():
+        raise CaloraError(f"{path / _STATE} is damaged or of another version; start afresh")
+    theirs, ours = state["run"], json.loads(json.dumps(run))
+    if changed := sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)):
+        raise CaloraError(
+            f"{path} belongs to another run: {', '.join(changed)} changed; resume with the same settings or start afresh"
+        )
+    try:
+        trained, optimizer = load_file(path / _TRAINED), load_file(path / _OPTIMIZER)
+    except (OSError, SafetensorError) as error:
+        raise CaloraError(f"{path} is damaged: {error}; use an earlier checkpoint") from error
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if {name: t.shape for name, t in trained.items()} != shapes or {k.rpartition("/")[0] for k in optimizer} != shapes.keys():
+        raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
+    return Checkpoint(state["step"], theirs, state["history"], trained, optimizer)
+
+
+def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Put parameters and optimiser state back, in place."""
+    with torch.no_grad():
+        for name, tensor in checkpoint.trained.items():
+            parameters[name].copy_(tensor)
+    for key, tensor in checkpoint.optimizer.items():
+        name, _, field = key.rpartition("/")
+        optimizer.state[parameters[name]][field] = tensor.to(parameters[name].device) if tensor.dim() else tensor.clone()

@@ -1,0 +1,57 @@
+"""What a run of ``adapt`` did: a table for people, ``to_dict`` for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """adapter_name: where the trained adapter is resident. arm: published shorthand, e.g. "i-rc-d" (inherited, recovery, distilled).
+
+    history: one row per optimiser step. eval_before, eval_after: {"loss", and for classification "accuracy"} on eval_data, with
+    the adapter at step 0 and at the end; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
+    peak_rss_bytes: of the whole process so far. resumed_at: the step of the checkpoint it went on from.
+    """
+
+    adapter_name: str
+    arm: str
+    task: str
+    data: str
+    max_length: int
+    steps: int
+    history: list[dict] = field(repr=False)
+    eval_before: dict | None
+    eval_after: dict | None
+    parameters: dict[str, int]
+    adapter_bytes: int
+    seconds: float
+    tokens_per_second: float
+    peak_rss_bytes: int
+    resumed_at: int = 0
+
+    @property
+    def losses(self) -> list[float]:
+        return [row["loss"] for row in self.history]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [("adapter", f"{self.adapter_name} ({self.arm})"), ("data", f"{self.data}, {self.task}")]
+        if self.history:
+            first, last = self.history[0], self.history[-1]
+            terms = ", ".join(f"{k} {last[k]:.4f}" for k in ("task", "hidden", "logits") if k in last)
+            rows.append(("loss", f"{first['loss']:.4f} -> {last['loss']:.4f} ({terms}) in {self.steps} steps"))
+        for name in self.eval_after or ():
+            rows.append((f"held-out {name}", f"{self.eval_before[name]:.4f} -> {self.eval_after[name]:.4f}"))
+        counts = ", ".join(f"{k} {n:,}" for k, n in self.parameters.items() if n)
+        rows.append(("trained", f"{counts} parameters, {self.adapter_bytes / 1e6:.2f} MB"))
+        rows.append(
+            (
+                "time",
+                f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s, peak memory {self.peak_rss_bytes / 1e6:,.0f} MB",
+            )
+        )
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
