@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test bench clean
 
 demo: .venv/built
 	$(BIN)/calora demo

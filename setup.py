@@ -1,6 +1,7 @@
 """Builds the native half with CMake + ninja. torch is found in the target environment and never imported here, so that
 pip's build isolation works and no second torch is downloaded."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +16,24 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def sites() -> list[str]:
+    """site-packages of the environments this build may be for, the likeliest first.
+
+    Under pip the interpreter is the target's, whatever sys.path was made to hide. `python -m build` runs in a virtual
+    environment of its own, whose pyvenv.cfg names the interpreter that made it.
+    """
+    found = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    maker = re.search(r"^command = (.+) -m venv ", config.read_text(), re.MULTILINE) if config.exists() else None
+    if maker:
+        ask = [maker[1], "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        found.append(subprocess.run(ask, capture_output=True, text=True).stdout.strip())
+    return [site for site in found if site]
+
+
 def torch_root() -> Path:
-    """The torch this package will run against: importable now, or hidden by pip's build isolation."""
-    site = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    spec = PathFinder.find_spec("torch") or PathFinder.find_spec("torch", site)
+    """The torch this package will run against: importable now, or hidden by the isolation of a build."""
+    spec = PathFinder.find_spec("torch") or PathFinder.find_spec("torch", sites())
     if spec is None or spec.origin is None:
         sys.exit("calora_ext compiles against torch's headers. Install torch first:\n    pip install torch && pip install .")
     return Path(spec.origin).parent

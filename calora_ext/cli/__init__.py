@@ -1,0 +1,44 @@
+"""The ``calora`` command. One file per group of commands; what all of them share is in ``common``.
+
+Nothing heavy is imported before a command runs, so that ``calora --help`` and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+
+import typer
+
+from ..errors import CaloraError
+from . import adapt, bench, compress, demo, evaluate, generate, info
+
+app = typer.Typer(
+    name="calora",
+    help="Compress transformers models, carry their LoRA adapters over, and run both through fused kernels.",
+    rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for module in (demo, info, compress, adapt, evaluate, generate, bench):
+    module.register(app)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0, or 2 with one sentence on stderr for bad input."""
+    try:
+        app(arguments, prog_name="calora")
+    except CaloraError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno is None:  # not from the operating system: libraries raise OSError for other things
+            raise
+        name = f" {error.filename}" if error.filename else ""
+        advice = {errno.ENOSPC: "free some space and run the command again", errno.EACCES: "check its permissions"}
+        _fail(f"{error.strerror}:{name}; {advice.get(error.errno, 'check the path')}")
+
+
+def _fail(message: str) -> None:
+    print(f"calora: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

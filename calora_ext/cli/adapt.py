@@ -1,0 +1,153 @@
+"""``calora adapt``: carry a LoRA over to a compressed model and recover what compression lost (CA-LoRA)."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CaloraError
+from ..tables import format_bytes
+from .common import (
+    Data,
+    Json,
+    LabelColumn,
+    MaxLength,
+    Model,
+    Output,
+    Overwrite,
+    PairColumn,
+    Task,
+    TextColumn,
+    emit,
+    output_directory,
+    write_text,
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(adapt)
+
+
+def adapt(
+    model: Model,
+    data: Data,
+    output: Output,
+    teacher: Annotated[Path | None, typer.Option(metavar="MODEL", help="The dense model, to distil from.")] = None,
+    inherit: Annotated[Path | None, typer.Option(metavar="ADAPTER", help="The LoRA that was trained on the dense model.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="inherit starts from --inherit, random from a fresh LoRA.  [default: inherit where given]")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the LoRA; larger than an inherited one enlarges it; 0 trains recovery alone.  [default: inherited, or 16]")
+    ] = None,
+    recovery_rank: Annotated[int, typer.Option(min=1, help="Rank of the recovery modules.")] = 32,
+    recovery: Annotated[bool, typer.Option(help="Train recovery modules beside the LoRA.")] = True,
+    distill: Annotated[
+        str | None, typer.Option(help="What to learn from the teacher: hidden, logits, or hidden,logits; none.  [default: hidden with a teacher]")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Published settings: t5-3b, llama-13b or llama-2-13b; other options win over it.")] = None,
+    task: Task = "causal-lm",
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.  [default: one pass over the data]")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 1e-3]")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step.  [default: 8]")] = None,
+    max_length: MaxLength = None,
+    seed: Annotated[int | None, typer.Option(help="Of every random draw.  [default: 42]")] = None,
+    eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="Held-out data, measured before and after.")] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    cache_teacher: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the teacher's targets there: made once, then trained from without the teacher.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")] = False,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+) -> None:
+    """Train an adapter on a compressed model: inherited LoRA, recovery modules, distillation from the dense model."""
+    with output_directory(output, overwrite, keep=[p for p in (model, teacher, inherit) if p]) as directory:
+        from .. import adapt as train
+        from .. import load, save_adapter
+        from ..integrations import directories
+
+        checkpoints = output.resolve().with_name(f"{output.resolve().name}.checkpoints")
+        arguments = _arguments(
+            teacher is not None or cache_teacher is not None, inherit, init, lora_rank, recovery_rank, recovery, distill, preset
+        )
+        arguments["args"] = _settings(arguments.get("args"), steps, lr, batch_size, seed, checkpoints, resume)
+        student, tokenizer = directories.open_model(model)
+        result = train(
+            student,
+            data=data, tokenizer=tokenizer, teacher=load(teacher) if teacher else None, teacher_cache=cache_teacher, task=task,
+            eval_data=eval_data, max_length=max_length, text_column=text_column, pair_column=pair_column,
+            label_column=label_column, adapter_name=directories.ADAPTER, **arguments,
+        )  # fmt: skip
+        save_adapter(student, directories.ADAPTER, directory)
+        tokenizer.save_pretrained(directory)
+        if student.can_generate():
+            student.generation_config.save_pretrained(directory)
+        _write_card(directory, output.resolve().name, result)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    emit(("adapt", result.arm), _rows(result), result.to_dict(), json_file)
+
+
+def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery, distill, preset) -> dict:
+    """Keyword arguments of ``cx.adapt`` that say what is trained and against what."""
+    from ..adaptation import Distill, Lora, Recovery
+    from ..adaptation import preset as published
+
+    if init not in (None, "inherit", "random"):
+        raise CaloraError(f"--init is inherit or random, got {init!r}")
+    if init == "inherit" and inherit is None:
+        raise CaloraError("--init inherit needs --inherit with the LoRA of the dense model")
+    arguments = published(preset) if preset else {}
+    arguments.pop("task", None)
+    arguments["inherit"] = None if init == "random" else inherit
+    if lora_rank is not None:
+        arguments["lora"] = Lora(rank=lora_rank) if lora_rank else False
+    elif inherit is not None and init != "random":
+        arguments["lora"] = None
+    if not recovery:
+        arguments["recovery"] = None
+    elif not preset or recovery_rank != 32:
+        arguments["recovery"] = Recovery(rank=recovery_rank)
+    if distill == "none" or (distill is None and not distilled):
+        arguments["distill"] = None
+    elif distill is not None:
+        wanted = {part.strip() for part in distill.split(",")}
+        if not wanted or wanted - {"hidden", "logits"}:
+            raise CaloraError(f"--distill is hidden, logits, hidden,logits or none, got {distill!r}")
+        arguments["distill"] = Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=float("logits" in wanted))
+    return arguments
+
+
+def _settings(base, steps, lr, batch_size, seed, checkpoints: Path, resume: bool):
+    """The optimiser's settings: a preset's or the defaults, with what was given on the command line."""
+    from ..adaptation import Settings
+
+    given = {"max_steps": steps, "learning_rate": lr, "per_device_train_batch_size": batch_size, "seed": seed}
+    return dataclasses.replace(
+        base or Settings(), **{name: value for name, value in given.items() if value is not None},
+        output_dir=str(checkpoints), save_steps=0.1, save_total_limit=1, resume_from_checkpoint=resume or None,
+    )  # fmt: skip
+
+
+def _rows(result) -> list[tuple]:
+    rows: list[tuple] = [("data", result.data), ("steps", result.steps)]
+    if result.history:
+        rows.append(("training loss", f"{result.history[0]['loss']:.4f} -> {result.history[-1]['loss']:.4f}"))
+    for name in result.eval_after or ():
+        rows.append((f"held-out {name}", f"{result.eval_before[name]:.4f} -> {result.eval_after[name]:.4f}"))
+    rows += [(f"{kind} parameters", f"{count:,}") for kind, count in result.parameters.items() if count]
+    rows += [("size", format_bytes(result.adapter_bytes)), ("tokens per second", f"{result.tokens_per_second:,.0f}")]
+    return [*rows, ("seconds", f"{result.seconds:.1f}"), ("peak memory", format_bytes(result.peak_rss_bytes))]
+
+
+def _write_card(directory: Path, name: str, result) -> None:
+    from ..card import adapter_card
+
+    settings = {"arm": result.arm, "task": result.task, "data": result.data, "steps": result.steps, "max_length": result.max_length}
+    write_text(directory / "README.md", adapter_card(name, settings, [(n, str(v)) for n, v in _rows(result)]))

@@ -1,0 +1,68 @@
+"""``calora bench``: our layer beside what else is installed, timed now and on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CaloraError
+from .common import Json, emit
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(bench)
+
+
+def bench(
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="Take the layer shapes of this model directory.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="OUTxIN, several separated by commas.  [default: 2048x2048,5632x2048]")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of x: 1 is decoding, hundreds a prompt.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Rank of the LoRA that is timed beside the bare layer.")] = 16,
+    isa: Annotated[str | None, typer.Option(help="Rungs to time, separated by commas, or all.  [default: the one in use]")] = None,
+    seconds: Annotated[float, typer.Option(min=0.01, help="Per peer and shape.")] = 0.5,
+    json_file: Json = None,
+) -> None:
+    """Time one layer in every format beside torch and what else is installed, without and with a LoRA."""
+    from .. import bench as timing
+    from .. import ops
+
+    chosen = [None] if isa is None else ops.native.available() if isa == "all" else isa.split(",")
+    timings = []
+    for out_features, in_features in _shapes(model, shapes):
+        others = None  # the peers do not depend on the rung: timed once, beside the first
+        for name in chosen:
+            with timing.rung(name):
+                timings += timing.compare(in_features, out_features, rows, rank, others=others, seconds=seconds)
+            others = ()
+    table = [
+        (f"{t.out_features}x{t.in_features}", t.peer + (f" ({t.isa})" if t.isa else ""), t.rows, t.rank or "", f"{t.seconds * 1e6:,.1f}",
+         f"{t.nbytes / t.seconds / 1e9:.1f}")
+        for t in timings
+    ]  # fmt: skip
+    emit(("shape", "peer", "rows", "LoRA rank", "µs", "GB/s of weights"), table, [t.to_dict() for t in timings], json_file)
+
+
+def _shapes(model: Path | None, shapes: str | None) -> list[tuple[int, int]]:
+    """(out_features, in_features) pairs, from the option, from a model's layers, or the default."""
+    if model is not None and shapes is not None:
+        raise CaloraError("--shapes and MODEL both name shapes; give one of them")
+    if model is not None:
+        return _shapes_of(model)
+    pairs = (shapes or "2048x2048,5632x2048").split(",")
+    found = [re.fullmatch(r"\s*(\d+)x(\d+)\s*", pair) for pair in pairs]
+    if not all(found) or any(int(n) < 1 for match in found for n in match.groups()):
+        raise CaloraError(f"--shapes is OUTxIN, several separated by commas, got {shapes!r}")
+    return [(int(match[1]), int(match[2])) for match in found]
+
+
+def _shapes_of(model: Path) -> list[tuple[int, int]]:
+    """The different linear layers of a model, each once."""
+    from torch import nn
+
+    from .. import load
+
+    layers = [m for m in load(model).modules() if isinstance(m, nn.Linear)]
+    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))

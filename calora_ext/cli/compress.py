@@ -1,0 +1,144 @@
+"""``calora estimate``, ``compress`` and ``inspect``: model directories in, sizes and packed model directories out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CaloraError
+from ..tables import format_bytes, table
+from . import recipe as options
+from .common import Json, Model, Output, Overwrite, emit, output_directory, write_text
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(estimate)
+    app.command()(compress)
+    app.command()(inspect)
+
+
+def estimate(
+    model: Model,
+    weights: options.Weights = "int4",
+    group_size: options.GroupSize = None,
+    symmetric: options.Symmetric = True,
+    sparsity: options.Sparsity = None,
+    pruner: options.Pruner = None,
+    rates: options.Rates = "uniform",
+    lm_head: options.LmHead = "int8",
+    embeddings: options.Embeddings = "none",
+    skip: options.Skip = None,
+    json_file: Json = None,
+) -> None:
+    """What a recipe would make of a model: bytes and bits per weight, module by module. Reads no weights."""
+    from .. import estimate as estimate_model
+
+    recipe = options.build(
+        weights=weights, group_size=group_size, symmetric=symmetric, sparsity=sparsity, pruner=pruner, rates=rates,
+        lm_head=lm_head, embeddings=embeddings, skip=skip,
+    )  # fmt: skip
+    coverage = estimate_model(model, recipe)
+    emit(*coverage_table(coverage), {"recipe": recipe.to_dict(), **coverage.to_dict()}, json_file)
+
+
+def compress(
+    model: Model,
+    output: Output,
+    weights: options.Weights = "int4",
+    group_size: options.GroupSize = None,
+    symmetric: options.Symmetric = True,
+    rounding: options.Rounding = None,
+    sparsity: options.Sparsity = None,
+    pruner: options.Pruner = None,
+    rates: options.Rates = "uniform",
+    activations: options.Activations = "int8",
+    lm_head: options.LmHead = "int8",
+    embeddings: options.Embeddings = "none",
+    skip: options.Skip = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq: .txt, .jsonl or .tsv, also .gz.")] = None,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+) -> None:
+    """Compress a dense model into a new directory, which loads with from_pretrained after `import calora_ext`."""
+    recipe = options.build(
+        weights=weights, group_size=group_size, symmetric=symmetric, rounding=rounding, sparsity=sparsity, pruner=pruner,
+        rates=rates, activations=activations, lm_head=lm_head, embeddings=embeddings, skip=skip,
+    )  # fmt: skip
+    with output_directory(output, overwrite, keep=(model,)) as directory:
+        from .. import compress as compress_model
+        from .. import load
+        from ..integrations import directories
+        from ..io.data import read_records
+
+        texts = None if calibration is None else [r.text for r in read_records(calibration)]
+        compressed = load(model)
+        tokenizer = None
+        if calibration is not None or directories.has_tokenizer(model):
+            tokenizer = directories.open_tokenizer(model)
+        report = compress_model(compressed, recipe, calibration=texts, tokenizer=tokenizer)
+        compressed.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        on_disk = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
+        sizes = [
+            ("weights before", format_bytes(report.bytes_before)),
+            ("weight files", format_bytes(on_disk)),
+            ("smaller by", f"{report.bytes_before / on_disk:.2f} ×"),
+            ("parameters compressed", f"{100 * report.coverage.compressed_parameters / report.coverage.parameters:.1f} %"),
+        ]
+        _write_card(directory, output.resolve().name, report.recipe.to_dict(), sizes)
+    print(table(*coverage_table(report.coverage)), end="\n\n")
+    rows = [*sizes, ("largest error of a layer", f"{max(report.errors.values()):.4f}"), ("seconds", f"{report.seconds:.1f}")]
+    emit(("", str(output)), rows, {"file_bytes": on_disk, **report.to_dict()}, json_file)
+
+
+def _write_card(directory: Path, name: str, recipe: dict, sizes: list[tuple[str, str]]) -> None:
+    from ..card import model_card
+
+    write_text(directory / "README.md", model_card(name, recipe, sizes))
+
+
+def coverage_table(coverage) -> tuple[tuple[str, ...], list[tuple]]:
+    """Columns and rows of a policy.Coverage."""
+    rows = [
+        (r["modules"], r["count"], f"{r['parameters']:,}", r["format"], format_bytes(r["bytes"]), r["bits_per_weight"], r["reason"])
+        for r in coverage.rows()
+    ]
+    bits = round(8 * coverage.nbytes / coverage.parameters, 2)
+    rows.append(("total", None, f"{coverage.parameters:,}", "", format_bytes(coverage.nbytes), bits, ""))
+    return ("modules", "count", "parameters", "format", "size", "bits per weight", "why dense"), rows
+
+
+def inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A compressed model or an adapter directory.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every weight file and compare it with the hash recorded at save.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Check and list what a directory holds: headers, shapes, sizes, scales; with --verify every byte."""
+    from ..io import checkpoint
+
+    if not directory.is_dir():
+        raise CaloraError(f"{directory} is not a directory; name a model or adapter directory")
+    if verify:
+        states = checkpoint.verify(directory)
+        emit(("file", "state"), list(states.items()), states, json_file)
+        bad = [name for name, state in states.items() if state != "ok"]
+        if bad:
+            raise CaloraError(f"{directory / bad[0]}: {states[bad[0]]}; copy the model again or compress it anew")
+        return
+    rows, result = _contents(directory)
+    emit(("tensor", "dtype", "shape", "size"), rows, result, json_file)
+
+
+def _contents(directory: Path) -> tuple[list[tuple], list[dict]]:
+    from ..io import checkpoint
+
+    paths = checkpoint.shard_paths(directory) if (directory / "config.json").is_file() else sorted(directory.glob("*.safetensors"))
+    tensors = [
+        {"name": name, "dtype": header.tensors[name].dtype, "shape": list(header.tensors[name].shape),
+         "bytes": header.tensors[name].end - header.tensors[name].begin, "file": header.path.name}
+        for name, header in checkpoint.read_headers(paths).items()
+    ]  # fmt: skip
+    return [(t["name"], t["dtype"], " x ".join(map(str, t["shape"])), format_bytes(t["bytes"])) for t in tensors], tensors

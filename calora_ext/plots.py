@@ -1,0 +1,126 @@
+"""The pictures of a report, drawn with matplotlib (the extra ``plots``) from the numbers of its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from .tables import format_bytes
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+GREY, ORANGE, BLUE, GREEN, RED = "#8c8c8c", "#e69f00", "#0072b2", "#009e73", "#d55e00"
+
+
+def available() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+@contextmanager
+def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6):
+    """Axes of one picture, saved when the block ends."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    yield axes
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=144)
+
+
+def size_bars(path: Path, title: str, sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Stacked bars of bytes: name -> {part: bytes}. The first bar is what the others are compared with."""
+    parts = list(dict.fromkeys(part for bar in sizes.values() for part in bar))
+    colours = dict(zip(parts, (BLUE, GREY, GREEN), strict=False))
+    names = list(sizes)
+    first = sum(sizes[names[0]].values())
+    with _figure(path, title, height=1.1 + 0.5 * len(names)) as axes:
+        left = [0.0] * len(names)
+        for part in parts:
+            widths = [sizes[name].get(part, 0) / 1e6 for name in names]
+            axes.barh(names, widths, left=left, color=colours[part], label=part)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for i, name in enumerate(names):
+            total = sum(sizes[name].values())
+            share = "" if i == 0 else f"  ({first / total:.1f} × smaller)"
+            axes.text(left[i], i, f" {format_bytes(total)}{share}", va="center", fontsize=9)
+        axes.invert_yaxis()
+        axes.set_xlabel("MB on disk")
+        axes.set_xlim(0, 1.35 * max(left))
+
+
+def loss_dots(path: Path, title: str, arms: Sequence[tuple[str, float, float, bool]], lines: Mapping[str, float]) -> None:
+    """A dot per arm (name, loss, sd over seeds, highlighted) on a zoomed axis; ``lines`` are levels to compare with."""
+    with _figure(path, title, height=1.3 + 0.42 * len(arms)) as axes:
+        low = min([loss for _, loss, _, _ in arms] + list(lines.values()))
+        high = max([loss for _, loss, _, _ in arms] + list(lines.values()))
+        room = max(high - low, 1e-3)
+        for (name, value), colour in zip(lines.items(), (GREEN, RED), strict=False):
+            axes.axvline(value, color=colour, linewidth=1, linestyle="--", label=f"{name}: {value:.4f}")
+        for i, (_, loss, sd, highlighted) in enumerate(arms):
+            colour = ORANGE if highlighted else BLUE
+            axes.errorbar(loss, i, xerr=sd or None, fmt="o", color=colour, markersize=8, capsize=3)
+            axes.annotate(f"{loss:.4f}", (loss, i), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9)
+        axes.set_yticks(range(len(arms)), [name for name, *_ in arms])
+        axes.invert_yaxis()
+        axes.set_xlim(low - 0.08 * room, high + 0.08 * room)
+        axes.set_ylim(len(arms) - 0.5, -0.8)
+        axes.set_xlabel("loss on held-out text, nats per token (lower is better; the axis does not start at 0)")
+        axes.grid(axis="y", color="#e5e5e5")
+        axes.set_axisbelow(True)
+
+
+def training_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], window: int = 10) -> None:
+    """Loss per step of each run, faint, and its mean over the last ``window`` steps."""
+    with _figure(path, title) as axes:
+        for (name, losses), colour in zip(curves.items(), (ORANGE, BLUE, GREEN, RED, GREY), strict=False):
+            steps = range(1, len(losses) + 1)
+            means = [sum(losses[max(0, i - window) : i]) / min(i, window) for i in steps]
+            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
+            axes.plot(steps, means, color=colour, linewidth=2, label=name)
+        axes.set_xlabel(f"step (bold: mean of the last {window})")
+        axes.set_ylabel("training loss, nats per token")
+
+
+def error_map(path: Path, title: str, errors: Mapping[str, float]) -> None:
+    """Relative error of each layer's weight, blocks across and kinds of layer down. errors: dotted name -> ||W - What|| / ||W||."""
+    cells = {}
+    for name, error in errors.items():
+        parts = name.split(".")
+        block = next((int(p) for p in parts if p.isdecimal()), None)
+        if block is not None:
+            cells[parts[-1], block] = error
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    blocks = sorted({block for _, block in cells})
+    with _figure(path, title, height=0.9 + 0.34 * len(kinds)) as axes:
+        grid = [[cells.get((kind, block), float("nan")) for block in blocks] for kind in kinds]
+        axes.imshow(grid, cmap="viridis", aspect="auto")
+        middle = (max(cells.values()) + min(cells.values())) / 2
+        for (kind, block), error in cells.items():
+            colour = "white" if error < middle else "black"
+            axes.text(blocks.index(block), kinds.index(kind), f"{100 * error:.1f} %", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(blocks)), [f"block {b}" for b in blocks])
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.spines[:].set_visible(False)
+
+
+def time_bars(path: Path, title: str, times: Mapping[str, tuple[float, float]]) -> None:
+    """Microseconds per call: name -> (without a LoRA, with one)."""
+    names = list(times)
+    with _figure(path, title, height=1.2 + 0.55 * len(names)) as axes:
+        for offset, which, colour, label in ((-0.2, 0, BLUE, "layer"), (0.2, 1, ORANGE, "layer + LoRA")):
+            places = [i + offset for i in range(len(names))]
+            values = [times[name][which] for name in names]
+            axes.barh(places, values, height=0.38, color=colour, label=label)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {value:,.0f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("µs per call (median, lower is better)")
+        axes.set_xlim(0, 1.12 * max(max(pair) for pair in times.values()))

@@ -1,0 +1,318 @@
+"""The calora command as a user meets it: what it prints, writes, refuses, and with which exit code."""
+
+import json
+import math
+import resource
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from adapt_helpers import make_llama, make_lora, make_tokenizer, text_of
+from transformers import AutoTokenizer, GenerationConfig
+
+import calora_ext as cx
+from calora_ext.cli import main
+from calora_ext.cli.common import output_directory, write_text
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A dense model with tokenizer and LoRA, texts, and the model compressed by the command itself."""
+    root = tmp_path_factory.mktemp("cli")
+    model = make_llama()
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    for name in ("dense", "teacher"):
+        model.save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    make_lora(root / "lora", make_llama())
+    (root / "train.txt").write_text(text_of(2000))
+    (root / "test.txt").write_text(text_of(500, seed=1))
+    main_quietly("compress", root / "dense", "-o", root / "small", "--group-size", 32)
+    return root
+
+
+def main_quietly(*arguments) -> int:
+    try:
+        main([str(a) for a in arguments])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+@pytest.fixture
+def calora(capsys, tmp_path):
+    """calora(*arguments) -> exit code, stdout, stderr, and the JSON result where it succeeded."""
+
+    def run(*arguments, with_json=True):
+        file = tmp_path / "result.json"
+        file.unlink(missing_ok=True)
+        extra = ("--json", file) if with_json else ()
+        code = main_quietly(*arguments, *extra)
+        captured = capsys.readouterr()
+        result = json.loads(file.read_text()) if file.exists() else None
+        return SimpleNamespace(code=code, out=captured.out, err=captured.err, json=result)
+
+    return run
+
+
+def refused(done, *words):
+    """One sentence on stderr, exit code 2, nothing printed or written as a result."""
+    last = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and last.startswith("calora: ") and "Traceback" not in done.err and done.json is None, done.err
+    for word in words:
+        assert str(word) in last, last
+
+
+def test_info(calora):
+    done = calora("info")
+    assert done.code == 0 and done.json["rung chosen"] in done.json["rungs"] and done.json["torch"] == torch.__version__
+    assert done.json["processor"] in done.out
+
+
+def test_info_of_directories(calora, world):
+    small, dense, lora = (calora("info", world / name).json for name in ("small", "dense", "lora"))
+    assert small["recipe weights"] == "int4" and small["packed layers"] == 15 and small["weight bytes"] < dense["weight bytes"]
+    assert dense["kind"] == "dense model" and lora["kind"] == "adapter" and lora["rank"] == 4
+    refused(calora("info", world), "neither config.json nor adapter_config.json")
+
+
+def test_estimate_is_what_compress_writes(calora, world):
+    estimated = calora("estimate", world / "dense", "--group-size", 32)
+    report = calora("info", world / "small")
+    assert estimated.json["bytes"] == report.json["weight bytes"]
+    assert estimated.json["recipe"]["group_size"] == 32 and "lm_head" in estimated.out
+
+
+def test_compressed_directory_is_complete(world):
+    small = world / "small"
+    model = cx.load(small)
+    dense = make_llama()
+    ids = torch.randint(4, 20, (1, 16))
+    assert AutoTokenizer.from_pretrained(small).bos_token == "<s>" and model.generation_config.eos_token_id == 2
+    assert 0 < (model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm() < 0.5
+    card = (small / "README.md").read_text()
+    assert "library_name: calora_ext" in card and '"weights": "int4"' in card and 'cx.load("small")' in card and str(world) not in card
+    assert not [p for p in world.iterdir() if "partial" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--weights", "int5"], ["int5", "int4"]),
+        (["--sparsity", "2:4"], ["sparsity='2:4' is not in this version"]),
+        (["--pruner", "wanda"], ["pruner"]),
+        (["--group-size", "48"], ["group_size", "48"]),
+        (["--skip", "("], ["regex"]),
+        (["--rounding", "gptq"], ["calibration"]),
+        (["--calibration", "nothing.txt"], ["nothing.txt"]),
+    ],
+)
+def test_compress_refuses(calora, world, tmp_path, options, words):
+    refused(calora("compress", world / "dense", "-o", tmp_path / "out", *options), *words)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_compress_refuses_directories(calora, world, tmp_path):
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "thesis.txt").write_text("two years")
+    refused(calora("compress", world / "dense", "-o", keep), "not empty", "--overwrite")
+    refused(calora("compress", world / "dense", "-o", keep, "--overwrite"), "not a model or adapter directory")
+    refused(calora("compress", world / "dense", "-o", world / "dense", "--overwrite"), "holds an input")
+    refused(calora("compress", world / "dense", "-o", world, "--overwrite"), "holds an input")
+    refused(calora("compress", tmp_path / "no", "-o", tmp_path / "out"), tmp_path / "no")
+    refused(calora("compress", world / "small", "-o", tmp_path / "out"), "compressed already")
+    refused(calora("compress", world / "dense", "-o", keep / "thesis.txt"), "is a file")
+    assert (keep / "thesis.txt").read_text() == "two years" and (world / "dense" / "config.json").exists()
+
+
+def test_overwrite_replaces(calora, world, tmp_path):
+    out = tmp_path / "out"
+    assert calora("compress", world / "dense", "-o", out, "--weights", "int8").code == 0
+    assert calora("compress", world / "dense", "-o", out, "--overwrite").code == 0
+    assert calora("info", out).json["recipe weights"] == "int4" and sorted(p.name for p in tmp_path.iterdir()) == ["out", "result.json"]
+
+
+def test_full_disk(calora, world, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as a full disk, but for this process alone
+    try:
+        done = calora("compress", world / "dense", "-o", tmp_path / "out", with_json=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    refused(done, "File too large")
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval(calora, world):
+    done = calora("eval", world / "small", "--data", world / "test.txt", "--against", world / "dense")
+    assert done.json["perplexity"] == pytest.approx(math.exp(done.json["loss"])) and f"{done.json['loss']:.4f}" in done.out
+    assert 0 < done.json["kl"] < 1 and 0 < done.json["top1_agreement"] <= 1
+    same = calora("eval", world / "dense", "--data", world / "test.txt", "--against", world / "dense").json
+    assert same["kl"] == pytest.approx(0, abs=1e-6) and same["top1_agreement"] == 1
+    with_lora = calora("eval", world / "small", "--data", world / "test.txt", "--adapter", world / "lora").json
+    assert with_lora["loss"] != done.json["loss"]
+
+
+def test_eval_refuses(calora, world, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    refused(calora("eval", world / "small", "--data", tmp_path / "empty.txt"), "holds no text")
+    refused(calora("eval", world / "small", "--data", tmp_path / "no.txt"), "no.txt")
+    refused(calora("eval", world / "small", "--data", world / "test.txt", "--task", "juggling"), "juggling")
+    refused(calora("eval", world / "lora", "--data", world / "test.txt"), "config.json")
+    refused(calora("eval", world / "small", "--data", world / "test.txt", "--adapter", world / "small"), "adapter_config.json")
+
+
+def test_generate(calora, world):
+    arguments = ("generate", world / "small", "--prompt", "the cat", "--max-new-tokens", 8, "--temperature", 0)
+    done = calora(*arguments)
+    assert done.out.startswith("the cat") and 1 <= done.json["tokens"] <= 8
+    assert done.json["text"].strip() in done.out and calora(*arguments).json["text"] == done.json["text"]
+    adapted = calora(*arguments, "--adapter", world / "lora")
+    assert adapted.code == 0
+    long = "the " * 70
+    refused(calora("generate", world / "small", "--prompt", long), "context of 64")
+
+
+def test_chat_needs_a_template(calora, world):
+    refused(calora("chat", world / "small"), "no chat template", "calora generate")
+
+
+def test_chat(calora, world, tmp_path, monkeypatch):
+    import io
+    import shutil
+
+    model = tmp_path / "chatty"
+    shutil.copytree(world / "small", model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(model)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\nthe dog\n"))
+    done = calora("chat", model, "--max-new-tokens", 4, "--temperature", 0)
+    assert [m["role"] for m in done.json["messages"]] == ["user", "assistant"] * 2 and done.json["tokens"] >= 2
+
+
+def test_adapt(calora, world, tmp_path):
+    out = tmp_path / "adapter"
+    done = calora(
+        "adapt", world / "small", "--teacher", world / "teacher", "--inherit", world / "lora", "--data", world / "train.txt",
+        "--eval-data", world / "test.txt", "-o", out, "--steps", 6, "--batch-size", 4, "--max-length", 32, "--recovery-rank", 8, "--seed", 1,
+    )  # fmt: skip
+    assert done.json["arm"] == "i-rc-d" and done.json["steps"] == 6 and done.json["parameters"]["recovery"] > 0
+    assert done.json["eval_after"]["loss"] < done.json["eval_before"]["loss"]
+    assert AutoTokenizer.from_pretrained(out) is not None and "library_name: calora_ext" in (out / "README.md").read_text()
+    measured = calora("eval", world / "small", "--data", world / "test.txt", "--adapter", out, "--max-length", 32)
+    assert measured.json["loss"] == pytest.approx(done.json["eval_after"]["loss"], abs=0.02)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "result.json"]  # no checkpoints left behind
+
+
+@pytest.mark.parametrize(
+    ("options", "arm"),
+    [
+        (["--no-recovery"], "rd"),
+        (["--lora-rank", "0"], "rc"),
+        (["--inherit", "lora", "--no-recovery"], "i"),
+        (["--inherit", "lora", "--init", "random", "--no-recovery"], "rd"),
+        (["--inherit", "lora", "--teacher", "teacher", "--distill", "logits", "--no-recovery"], "i-d"),
+        (["--inherit", "lora", "--teacher", "teacher", "--distill", "hidden,logits"], "i-rc-d"),
+    ],
+)
+def test_arms_of_adapt(calora, world, tmp_path, options, arm):
+    options = [world / o if o in ("lora", "teacher") and options[i - 1] != "--init" else o for i, o in enumerate(options)]
+    done = calora("adapt", world / "small", "--data", world / "train.txt", "-o", tmp_path / "a", "--steps", 1, "--batch-size", 2,
+                  "--max-length", 16, *options)  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["arm"] == arm
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--distill", "logits"], ["teacher"]),
+        (["--distill", "dreams"], ["dreams"]),
+        (["--init", "inherit"], ["--inherit"]),
+        (["--init", "lucky"], ["lucky"]),
+        (["--lora-rank", "0", "--no-recovery"], ["nothing to train"]),
+        (["--preset", "gpt-9"], ["gpt-9", "t5-3b"]),
+    ],
+)
+def test_adapt_refuses(calora, world, tmp_path, options, words):
+    refused(calora("adapt", world / "small", "--data", world / "train.txt", "-o", tmp_path / "a", "--steps", 1, *options), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_resume(calora, world, tmp_path):
+    """A run that stops half-way and goes on gives the adapter of a run in one piece."""
+    command = ["adapt", world / "small", "--data", world / "train.txt", "--no-recovery", "--batch-size", 2, "--max-length", 16, "--steps", 4]
+    assert calora(*command, "-o", tmp_path / "whole").code == 0
+
+    class Stop(Exception):
+        pass
+
+    from calora_ext.adaptation import loop
+
+    step, seen = loop._step, []
+
+    def stopping(*arguments):
+        if len(seen) == 2:
+            raise Stop
+        seen.append(step(*arguments))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, "_step", stopping)
+        main([str(a) for a in (*command, "-o", tmp_path / "halved")])
+    assert not (tmp_path / "halved").exists() and (tmp_path / "halved.checkpoints").exists()
+    assert calora(*command, "-o", tmp_path / "halved", "--resume").json["resumed_at"] == 2
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "halved")]
+    assert files[0] == files[1] and not (tmp_path / "halved.checkpoints").exists()
+
+
+def test_inspect(calora, world, tmp_path):
+    import shutil
+
+    done = calora("inspect", world / "small")
+    packed = [t for t in done.json if t["name"].endswith(".packed")]
+    assert len(packed) == 15 and all(t["bytes"] % 64 == 0 for t in packed)
+    assert calora("inspect", world / "small", "--verify").json == {"model.safetensors": "ok"}
+    copy = tmp_path / "copy"
+    shutil.copytree(world / "small", copy)
+    data = bytearray((copy / "model.safetensors").read_bytes())
+    data[-100] ^= 1
+    (copy / "model.safetensors").write_bytes(data)
+    assert calora("inspect", copy).code == 0  # a flipped code is valid data
+    done = calora("inspect", copy, "--verify", with_json=False)
+    refused(done, "model.safetensors", "content differs")
+    (copy / "model.safetensors").write_bytes(data[:-1])
+    refused(calora("inspect", copy), "cut short")
+    refused(calora("inspect", world / "dense", "--verify"), "no hashes")
+
+
+def test_bench(calora):
+    done = calora("bench", "--shapes", "96x64", "--rank", 4, "--seconds", 0.01, "--isa", "reference")
+    ours = [row for row in done.json if row["isa"] == "reference"]
+    assert {row["rank"] for row in ours} == {0, 4} and all(row["seconds"] > 0 for row in done.json)
+    assert any(row["peer"] == "torch fp32" for row in done.json) and "96x64" in done.out
+    refused(calora("bench", "--shapes", "96"), "OUTxIN")
+    refused(calora("bench", "--shapes", "96x64", "--isa", "z80"), "z80")
+
+
+def test_usage_errors(calora, tmp_path):
+    done = calora("compress", with_json=False)
+    assert done.code == 2 and "Missing argument" in done.err and not done.out
+    done = calora("info", "--json", tmp_path / "no" / "x.json", with_json=False)
+    assert done.code == 2 and "cannot be written" in done.err and not done.out
+
+
+def test_output_directory_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", overwrite=False) as directory:
+        (directory / "half").write_text("x")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_write_text_replaces_or_leaves(tmp_path):
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two" and len(list(tmp_path.iterdir())) == 1
