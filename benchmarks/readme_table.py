@@ -1,0 +1,82 @@
+"""Writes the measured tables of README.md from benchmarks/results: no figure there is typed.
+
+    python benchmarks/readme_table.py [--check]
+
+linear.json is `pytest benchmarks --benchmark-json`, demo.json is `calora demo --full --json`. A block whose JSON is missing is left
+empty. --check fails if README.md is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from calora_ext.demo.report import arm_table
+from calora_ext.tables import table
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHAPE = (4096, 11008)  # in and out of a 7B Llama's MLP
+LORA = " + LoRA r16"
+ROWS = ("calora int4 g128", "calora int4 g64", "calora int8", "calora bf16", "torch int4 g128", "torch dynamic int8", "bitsandbytes nf4",
+        "onnxruntime int4", "torch bf16", "torch fp32")  # fmt: skip
+
+
+def speed(results: dict) -> str:
+    """One token through one layer: each row without and with a LoRA."""
+    infos = {}
+    for entry in results["benchmarks"]:
+        info = entry["extra_info"]
+        if (info["in_features"], info["out_features"]) == SHAPE and info["m"] == 1 and info["threads"] == 1:
+            infos.setdefault(info["isa"], {})[info["row"]] = {**info, "seconds": entry["stats"]["median"]}
+    isa, rows = max(infos.items(), key=lambda item: (item[0].startswith("avx512"), len(item[0])))
+    baseline = rows["torch bf16"]["seconds"]
+    lines = []
+    for name in ROWS:
+        if name in rows:
+            bare, adapted = rows[name], rows.get(name + LORA)
+            lines.append((
+                name, f"{bare['seconds'] * 1e6:,.0f}", f"{adapted['seconds'] * 1e6:,.0f}" if adapted else None,
+                f"{baseline / bare['seconds']:.1f} ×", f"{100 * bare['bandwidth_fraction']:.0f} %",
+            ))  # fmt: skip
+    columns = (f"{SHAPE[1]} x {SHAPE[0]} layer, one token", "µs", "µs with a LoRA (r=16)", "× torch bf16", "of the read bandwidth")
+    cpu = results["machine_info"]["cpu"]["brand_raw"]
+    return f"{table(columns, lines)}\n\n{cpu}, one thread, rung `{isa}`, medians; weights colder than the last-level cache."
+
+
+def recovery(results: dict) -> str:
+    """The demo's arms over its seeds."""
+    says = "\n".join(f"* {v['format']}: {v['says']}." for v in results["verdicts"])
+    steps, seeds = results["plan"]["steps"], len(results["plan"]["seeds"])
+    return f"{arm_table(results)}\n\n`calora demo --full`: {steps} steps, {seeds} seeds, {results['tokens']['austen-test']:,} held-out tokens.\n\n{says}"
+
+
+def filled(readme: str) -> str:
+    for name, file, write in (("speed", "linear.json", speed), ("recovery", "demo.json", recovery)):
+        path = RESULTS / file
+        block = f"\n{write(json.loads(path.read_text(encoding='utf-8')))}\n" if path.exists() else "\n"
+        readme, found = re.subn(
+            rf"(<!-- {name}: [^\n]*-->)\n.*?(<!-- /{name} -->)", lambda m, block=block: m[1] + block + m[2], readme, flags=re.S
+        )
+        if found != 1:
+            sys.exit(f"README.md has no block <!-- {name}: ... --> ... <!-- /{name} -->")
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = filled(before)
+    if check:
+        sys.exit(None if before == after else "README.md is not what benchmarks/results says; run python benchmarks/readme_table.py")
+    path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
