@@ -1,6 +1,6 @@
 // Decode (M <= kDecodeRows): the packed weight streams by once and is multiplied as it comes.
 //
-//   tile -> blocks (one scale per row) -> segments that stay in L1 -> groups of registers -> steps of 128 bytes
+//   kStreams tiles -> blocks (one scale per row) -> turns of kTurn steps per tile -> groups of registers -> steps of 128 bytes
 //
 // A path says how a step is multiplied: IntPath (int8 activations), FloatPath (fp32), Bf16Path (vdpbf16ps). All of them leave
 // the scale to the end of the block, so that it costs one multiplication per block and row instead of one per weight.
@@ -13,19 +13,18 @@ namespace calora {
 namespace {
 
 constexpr int64_t kStepBytes = 128;
-constexpr int64_t kSegmentBytes = 8192;  // re-read per group of registers where M needs several; stays in L1
 
-// Four steps at a time: what the stream brings next, and one line far ahead whose only purpose is to have that page's
-// translation ready. Weights are mapped files with 4 KB pages; in a virtual machine a missed translation costs two nested page
-// walks, and one stream stalls on each (0.72 -> 0.89 of the bandwidth of four streams; with huge pages nothing changes).
-// Tried and lost: prefetching every line 4 KB ahead, or into L1 (both evict line fill buffers that the stream needs);
-// 2, 4 and 8 tiles in turn (0.80, 0.83, 0.91 without the far line, but slower than one stream on huge pages).
-constexpr int64_t kUnroll = 4, kNear = 1024, kFar = 32768;  // steps; bytes ahead
-void prefetch(const uint8_t* p) {
-  const auto* at = reinterpret_cast<const char*>(p);
+// A single stream stalls at every page: weights are mapped files with 4 KB pages, hardware prefetch stops at a page's end, and
+// in a virtual machine a missed translation costs two nested page walks. So kStreams tiles take turns of kTurn steps. One
+// pinned thread, fraction of the read bandwidth in the same minute (the two columns: two states of the machine's memory):
+//   1 stream 0.72 0.87 | with a line touched 32 KB ahead 0.76 0.97 | 4 streams 0.85 0.90 | 8 streams 0.92 1.0 | 16: 0.62
+// Prefetching into L1 (0.73) or every line 4 KB ahead takes the line fill buffers that the streams need; L2 is enough.
+constexpr int64_t kStreams = 8, kTurn = 4;  // tiles; steps
+constexpr int64_t kAhead = 512;             // bytes
+// always_inline: GCC takes a function that only prefetches for one without effects and deletes the call.
+__attribute__((always_inline)) inline void prefetch(const uint8_t* p) {
 #pragma GCC unroll 8
-  for (int64_t i = 0; i < kUnroll * kStepBytes; i += 64) _mm_prefetch(at + kNear + i, _MM_HINT_T1);
-  _mm_prefetch(at + kFar, _MM_HINT_T1);
+  for (int64_t i = 0; i < kTurn * kStepBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T1);
 }
 
 int load32(const void* p) {
@@ -34,21 +33,35 @@ int load32(const void* p) {
   return v;
 }
 
-// Where x lies for each of M rows, and the segment to multiply it with.
-struct Segment {
+// kTurn steps of one tile. Column 8 * 4 of int4, 4 * 4 of int8, 2 * 4 of bf16: blocks are whole turns.
+struct Turn {
   const uint8_t* codes;
-  int64_t steps;
   int64_t k;  // first column
 };
 
-// body(step) for every step of a segment, prefetching on the first pass over it.
-template <class Body>
-__attribute__((always_inline)) inline void each_step(const Segment& s, int first, Body body) {
-  for (int64_t step = 0; step < s.steps; step += kUnroll) {
-    if (first == 0) prefetch(s.codes + step * kStepBytes);
+// body(p, step) for every step of a turn, prefetching on the first of the passes over it.
+template <class V, class Body>
+__attribute__((always_inline)) inline void each_step(const Turn& turn, int first, Body body) {
+  if (first == 0) prefetch(turn.codes);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kUnroll; ++j) body(step + j);
-  }
+  for (int64_t step = 0; step < kTurn; ++step) body(turn.codes + step * kStepBytes + first * V::kBytes, step);
+}
+
+// Computes these sums here: left alone, GCC forms the products of all steps first and spills them (36 -> 48 GB/s in cache).
+template <int M, int R, class T>
+__attribute__((always_inline)) inline void keep_order(T (&rows)[M][R]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) asm volatile("" : "+v"(rows[m][i]));
+}
+
+template <int M, int R, class T>
+__attribute__((always_inline)) inline void clear(T (&rows)[M][R], T value) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) rows[m][i] = value;
 }
 
 // How many of a tile's registers are accumulated together: as many as leave room for weights and temporaries.
@@ -81,107 +94,114 @@ struct IntPath {
   static Acc none() { return V::izero(); }
 
   template <int G>
-  static void segment(const LinearArgs& a, const Segment& s, int first, Acc (&sum)[M][V::kTileRegs]) {
-    constexpr int kChains = M == 1 ? 2 : 1;  // of dependent vpdpbusd (4 cycles each)
-    const int8_t* x = a.xq + s.k;
-    Acc acc[M][G][kChains];
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
+    if constexpr (V::kVnni) dot<G>(a, turn, first, sum);
+    else if constexpr (values == Values::int4) nibbles<G>(a, turn, first, sum);
+    else bytes<G>(a, turn, first, sum);
+  }
+
+  // x of row m, four columns from `column` of the turn, in every lane.
+  static Acc four(const LinearArgs& a, const Turn& turn, int m, int64_t column) {
+    return V::iset1(load32(a.xq + turn.k + m * a.w.g.columns + column));
+  }
+
+  template <int G>
+  static void split(const uint8_t* p, Acc (&lo)[G], Acc (&hi)[G]) {
+    const Acc low = V::iset1_8(15);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      const Acc w = V::iload(p + g * V::kBytes);
+      lo[g] = V::iand(w, low), hi[g] = V::iand(V::template shr16<4>(w), low);
+    }
+  }
+
+  template <int G>
+  static void dot(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
+    Acc acc[M][G], odd[M][G];  // odd: a second chain where one row would wait for the 4 cycles of vpdpbusd
+    clear(odd, V::izero());
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-#pragma GCC unroll 2
-        for (int c = 0; c < kChains; ++c) acc[m][g][c] = c ? V::izero() : sum[m][first + g];
-
-    if constexpr (values == Values::int8) {
-      each_step(s, first, [&](int64_t step) __attribute__((always_inline)) {
-        const uint8_t* p = s.codes + step * kStepBytes + first * V::kBytes;
-        if constexpr (V::kVnni) {
-          Acc w[G];
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) w[g] = V::iload(p + g * V::kBytes);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const Acc v = V::iset1(load32(x + m * a.w.g.columns + 4 * step));
-#pragma GCC unroll 4
-            for (int g = 0; g < G; ++g) acc[m][g][0] = V::dot(acc[m][g][0], w[g], v);
-          }
-        } else {
-          // vpmaddubsw saturates at 255 * 127 * 2. Even and odd columns as 16-bit halves do not, and need no horizontal sum.
-          const Acc low = V::iset1_16(0xff);
-          Acc even[G], odd[G];
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) {
-            const Acc w = V::iload(p + g * V::kBytes);
-            even[g] = V::iand(w, low), odd[g] = V::template shr16<8>(w);
-          }
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const Acc v = V::iset1(load32(x + m * a.w.g.columns + 4 * step));
-            const Acc ve = V::template sar16<8>(V::template shl16<8>(v)), vo = V::template sar16<8>(v);
-#pragma GCC unroll 4
-            for (int g = 0; g < G; ++g)
-              acc[m][g][0] = V::iadd(acc[m][g][0], V::iadd(V::madd(even[g], ve), V::madd(odd[g], vo)));
-          }
-        }
-      });
-    } else if constexpr (V::kVnni) {
-      const Acc low = V::iset1_8(15);
-      each_step(s, first, [&](int64_t step) __attribute__((always_inline)) {
-        const uint8_t* p = s.codes + step * kStepBytes + first * V::kBytes;
-        Acc lo[G], hi[G];
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          const Acc w = V::iload(p + g * V::kBytes);
-          lo[g] = V::iand(w, low), hi[g] = V::iand(V::template shr16<4>(w), low);
-        }
+      for (int g = 0; g < G; ++g) acc[m][g] = sum[m][first + g];
+    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+      if constexpr (values == Values::int8) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-          const Acc v0 = V::iset1(load32(x + m * a.w.g.columns + 8 * step));
-          const Acc v1 = V::iset1(load32(x + m * a.w.g.columns + 8 * step + 4));
+          const Acc v = four(a, turn, m, 4 * step);
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) acc[m][g] = V::dot(acc[m][g], V::iload(p + g * V::kBytes), v);
+        }
+      } else {
+        Acc lo[G], hi[G];
+        split(p, lo, hi);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
 #pragma GCC unroll 4
           for (int g = 0; g < G; ++g) {
-            acc[m][g][0] = V::dot(acc[m][g][0], lo[g], v0);
-            acc[m][g][kChains - 1] = V::dot(acc[m][g][kChains - 1], hi[g], v1);
+            acc[m][g] = V::dot(acc[m][g], lo[g], v0);
+            auto& second = M == 1 ? odd[m][g] : acc[m][g];
+            second = V::dot(second, hi[g], v1);
           }
         }
-      });
-    } else {
-      // 8 results of vpmaddubsw (<= 15 * 127 * 2 each) fit 16 bits: 4 steps, which is why columns come in 32s.
-      const Acc low = V::iset1_8(15), ones = V::iset1_16(1);
-      for (int64_t step = 0; step < s.steps; step += kUnroll) {
-        Acc part[M][G];
-        if (first == 0) prefetch(s.codes + step * kStepBytes);
-#pragma GCC unroll 4
-        for (int j = 0; j < kUnroll; ++j) {
-          const uint8_t* p = s.codes + (step + j) * kStepBytes + first * V::kBytes;
-          Acc lo[G], hi[G];
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) {
-            const Acc w = V::iload(p + g * V::kBytes);
-            lo[g] = V::iand(w, low), hi[g] = V::iand(V::template shr16<4>(w), low);
-          }
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const Acc v0 = V::iset1(load32(x + m * a.w.g.columns + 8 * (step + j)));
-            const Acc v1 = V::iset1(load32(x + m * a.w.g.columns + 8 * (step + j) + 4));
-#pragma GCC unroll 4
-            for (int g = 0; g < G; ++g) {
-              const Acc both = V::iadd16(V::maddubs(lo[g], v0), V::maddubs(hi[g], v1));
-              part[m][g] = j ? V::iadd16(part[m][g], both) : both;
-            }
-          }
-        }
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[m][g][0] = V::iadd(acc[m][g][0], V::madd(part[m][g], ones));
       }
-    }
-
+    });
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = kChains == 2 ? V::iadd(acc[m][g][0], acc[m][g][1]) : acc[m][g][0];
+      for (int g = 0; g < G; ++g) sum[m][first + g] = M == 1 ? V::iadd(acc[m][g], odd[m][g]) : acc[m][g];
+  }
+
+  // int4 without VNNI: 8 results of vpmaddubsw (<= 15 * 127 * 2 each) fit 16 bits, one turn; columns come in 32s for this.
+  template <int G>
+  static void nibbles(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
+    Acc part[M][G];
+    clear(part, V::izero());
+    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+      Acc lo[G], hi[G];
+      split(p, lo, hi);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g)
+          part[m][g] = V::iadd16(part[m][g], V::iadd16(V::maddubs(lo[g], v0), V::maddubs(hi[g], v1)));
+      }
+      keep_order(part);
+    });
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[m][first + g] = V::iadd(sum[m][first + g], V::madd(part[m][g], V::iset1_16(1)));
+  }
+
+  // int8 without VNNI: vpmaddubsw saturates at 255 * 127 * 2. Even and odd columns as 16-bit halves do not, and need no
+  // horizontal sum.
+  template <int G>
+  static void bytes(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
+    Acc acc[M][G];
+    clear(acc, V::izero());
+    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+      Acc even[G], odd[G];
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const Acc w = V::iload(p + g * V::kBytes);
+        even[g] = V::iand(w, V::iset1_16(0xff)), odd[g] = V::template shr16<8>(w);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const Acc v = four(a, turn, m, 4 * step);
+        const Acc x_even = V::template sar16<8>(V::template shl16<8>(v)), x_odd = V::template sar16<8>(v);
+#pragma GCC unroll 4
+        for (int g = 0; g < G; ++g)
+          acc[m][g] = V::iadd(acc[m][g], V::iadd(V::madd(even[g], x_even), V::madd(odd[g], x_odd)));
+      }
+      keep_order(acc);
+    });
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) sum[m][first + g] = V::iadd(sum[m][first + g], acc[m][g]);
   }
 
   static void end_block(const LinearArgs& a, int64_t tile, int64_t block, const uint8_t* p, const Acc (&sum)[M][V::kTileRegs],
@@ -263,9 +283,9 @@ struct FloatPath {
   }
 
   template <int G>
-  static void segment(const LinearArgs& a, const Segment& s, int first, Acc (&sum)[M][V::kTileRegs]) {
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
     constexpr int kChains = M * G <= 4 ? 2 : 1;  // of dependent multiply-adds
-    const float* x = a.xf + s.k;
+    const float* x = a.xf + turn.k;
     Acc acc[M][G][kChains];
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -273,17 +293,16 @@ struct FloatPath {
       for (int g = 0; g < G; ++g)
 #pragma GCC unroll 2
         for (int c = 0; c < kChains; ++c) acc[m][g][c] = c ? V::zero() : sum[m][first + g];
-    each_step(s, first, [&](int64_t step) __attribute__((always_inline)) {
-      const uint8_t* p = s.codes + step * kStepBytes + first * V::kBytes;
+    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
       typename V::I w[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) w[g] = load(p + g * V::kBytes);
       const float* xs = x + step * kColumns;
-      multiply<G, kChains, 0>(a, xs, w, acc), multiply<G, kChains, 1>(a, xs, w, acc);
-      if constexpr (kColumns >= 4) multiply<G, kChains, 2>(a, xs, w, acc), multiply<G, kChains, 3>(a, xs, w, acc);
+      column_of<G, kChains, 0>(a, xs, w, acc), column_of<G, kChains, 1>(a, xs, w, acc);
+      if constexpr (kColumns >= 4) column_of<G, kChains, 2>(a, xs, w, acc), column_of<G, kChains, 3>(a, xs, w, acc);
       if constexpr (kColumns == 8) {
-        multiply<G, kChains, 4>(a, xs, w, acc), multiply<G, kChains, 5>(a, xs, w, acc);
-        multiply<G, kChains, 6>(a, xs, w, acc), multiply<G, kChains, 7>(a, xs, w, acc);
+        column_of<G, kChains, 4>(a, xs, w, acc), column_of<G, kChains, 5>(a, xs, w, acc);
+        column_of<G, kChains, 6>(a, xs, w, acc), column_of<G, kChains, 7>(a, xs, w, acc);
       }
     });
 #pragma GCC unroll 8
@@ -293,7 +312,7 @@ struct FloatPath {
   }
 
   template <int G, int kChains, int c>
-  __attribute__((always_inline)) static void multiply(const LinearArgs& a, const float* x, const typename V::I (&w)[G],
+  __attribute__((always_inline)) static void column_of(const LinearArgs& a, const float* x, const typename V::I (&w)[G],
                                                       Acc (&acc)[M][G][kChains]) {
     Acc v[G];
 #pragma GCC unroll 4
@@ -331,9 +350,9 @@ struct Bf16Path {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
   template <int G>
-  static void segment(const LinearArgs& a, const Segment& s, int first, Acc (&sum)[M][V::kTileRegs]) {
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
     constexpr int kChains = M == 1 ? 2 : 1;
-    const uint16_t* x = a.xb + s.k;
+    const uint16_t* x = a.xb + turn.k;
     const auto codes = V::iload(kCodes);
     Acc acc[M][G][kChains];
 #pragma GCC unroll 8
@@ -342,7 +361,7 @@ struct Bf16Path {
       for (int g = 0; g < G; ++g)
 #pragma GCC unroll 2
         for (int c = 0; c < kChains; ++c) acc[m][g][c] = c ? V::zero() : sum[m][first + g];
-    auto multiply = [&](const uint16_t* pair, const typename V::I(&w)[G], int chain) __attribute__((always_inline)) {
+    auto pairs = [&](const uint16_t* pair, const typename V::I(&w)[G], int chain) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const auto v = V::iset1(load32(pair + m * a.w.g.columns));
@@ -350,27 +369,26 @@ struct Bf16Path {
         for (int g = 0; g < G; ++g) acc[m][g][chain] = V::dot_bf16(acc[m][g][chain], w[g], v);
       }
     };
-    each_step(s, first, [&](int64_t step) __attribute__((always_inline)) {
-      const uint8_t* p = s.codes + step * kStepBytes + first * V::kBytes;
+    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
       const uint16_t* xs = x + step * kColumns;
       typename V::I w[G], v[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) w[g] = V::iload(p + g * V::kBytes);
       if constexpr (values == Values::bf16) {
-        multiply(xs, w, 0);
+        pairs(xs, w, 0);
       } else {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, w[g]);
-        multiply(xs, v, 0);
+        pairs(xs, v, 0);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<4>(w[g]));
-        multiply(xs + 2, v, kChains - 1);
+        pairs(xs + 2, v, kChains - 1);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<8>(w[g]));
-        multiply(xs + 4, v, 0);
+        pairs(xs + 4, v, 0);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<12>(w[g]));
-        multiply(xs + 6, v, kChains - 1);
+        pairs(xs + 6, v, kChains - 1);
       }
     });
 #pragma GCC unroll 8
@@ -397,34 +415,30 @@ struct Bf16Path {
 
 template <class V, int M, Values values, class Path>
 void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
+  using Y = typename V::F[M][V::kTileRegs];
+  using Sum = typename Path::Acc[M][V::kTileRegs];
   constexpr int G = group_regs<V, M>();
   constexpr int64_t kStepColumns = values == Values::int4 ? 8 : values == Values::int8 ? 4 : 2;
-  constexpr int64_t kSegmentSteps = kSegmentBytes / kStepBytes;
   const Geometry& g = a.w.g;
-  const int64_t block_steps = g.block_columns / kStepColumns;
-  const uint8_t* p = a.w.packed + tile_begin * g.tile_bytes;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    typename V::F y[M][V::kTileRegs];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int i = 0; i < V::kTileRegs; ++i) y[m][i] = V::zero();
+  const int64_t block_steps = g.block_columns / kStepColumns, groups = (tile_end - tile_begin + kStreams - 1) / kStreams;
+  for (int64_t group = 0, tile = tile_begin; group < groups; ++group) {
+    const int64_t tiles = (tile_end - tile + groups - group - 1) / (groups - group);  // even shares: no lone last stream
+    const uint8_t* p = a.w.packed + tile * g.tile_bytes;
+    Y y[kStreams];
+    for (int64_t i = 0; i < tiles; ++i) clear(y[i], V::zero());
     for (int64_t block = 0; block < g.blocks; ++block, p += g.block_bytes) {
-      typename Path::Acc sum[M][V::kTileRegs];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
+      Sum sum[kStreams];
+      for (int64_t i = 0; i < tiles; ++i) clear(sum[i], Path::none());
+      for (int64_t step = 0; step < block_steps; step += kTurn)
+        for (int64_t i = 0; i < tiles; ++i) {
+          const Turn turn{p + i * g.tile_bytes + step * kStepBytes, block * g.block_columns + step * kStepColumns};
 #pragma GCC unroll 4
-        for (int i = 0; i < V::kTileRegs; ++i) sum[m][i] = Path::none();
-      for (int64_t step = 0; step < block_steps; step += kSegmentSteps) {
-        const int64_t left = block_steps - step;
-        const Segment s{p + step * kStepBytes, left < kSegmentSteps ? left : kSegmentSteps,
-                        block * g.block_columns + step * kStepColumns};
-#pragma GCC unroll 4
-        for (int first = 0; first < V::kTileRegs; first += G) Path::template segment<G>(a, s, first, sum);
-      }
-      Path::end_block(a, tile, block, p, sum, y);
+          for (int first = 0; first < V::kTileRegs; first += G) Path::template multiply<G>(a, turn, first, sum[i]);
+        }
+      for (int64_t i = 0; i < tiles; ++i) Path::end_block(a, tile + i, block, p + i * g.tile_bytes, sum[i], y[i]);
     }
-    finish_tile<V, M>(a, 0, tile, y);
+    for (int64_t i = 0; i < tiles; ++i) finish_tile<V, M>(a, 0, tile + i, y[i]);
+    tile += tiles;
   }
 }
 
