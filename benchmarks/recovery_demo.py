@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calora_ext as cx
 from calora_ext.adaptation import Distill, Lora, Recovery, Settings, cache_teacher
+from calora_ext.adaptation.config import TAUGHT_LOGITS
 from calora_ext.io.data import read_records
 
 WINDOW = 256
@@ -87,10 +88,20 @@ class Demo:
     def run(self, arm: str, setting: str, seed: int, rate: float) -> dict:
         model = self.dense() if arm == "ceiling" else self.compressed(setting)
         settings = Settings(
-            max_steps=self.args.steps, learning_rate=rate, seed=seed, per_device_train_batch_size=self.args.batch_size, disable_tqdm=True
+            max_steps=self.args.steps,
+            learning_rate=rate,
+            seed=seed,
+            per_device_train_batch_size=self.args.batch_size,
+            disable_tqdm=True,
         )
         result = cx.adapt(
-            model, data=self.train, tokenizer=self.tokenizer, max_length=WINDOW, args=settings, adapter_name="task", **self.options(arm)
+            model,
+            data=self.train,
+            tokenizer=self.tokenizer,
+            max_length=WINDOW,
+            args=settings,
+            adapter_name="task",
+            **self.options(arm),
         )
         return {
             "arm": arm, "setting": setting, "seed": seed, "learning_rate": rate, **self.losses(model),
@@ -113,7 +124,9 @@ def summarise(untrained: dict, runs: list[dict]) -> tuple[list[dict], str]:
     for row in rows.values():
         row["closed"] = (inherited - row["loss"]) / gap
     if gap < 0.02 or gap < 3 * max(ceiling["sd"], ours["sd"]):
-        return list(rows.values()), f"nothing to recover (gap {gap:.4f}); CA-LoRA - inherited {ours['loss'] - inherited:+.4f} (target: not above 0)"
+        return list(
+            rows.values()
+        ), f"nothing to recover (gap {gap:.4f}); CA-LoRA - inherited {ours['loss'] - inherited:+.4f} (target: not above 0)"
     verdict = [f"gap {gap:.4f}", f"CA-LoRA closes {100 * ours['closed']:.0f} % (target 80)"]
     for other in ("i", "i-big"):
         if other in rows:
@@ -147,7 +160,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=Recovery.rank, help="of the recovery modules")
     parser.add_argument("--alpha", type=float, default=Recovery.alpha, help="of the recovery modules")
     parser.add_argument("--hidden", type=float, default=Distill().hidden[-1], help="weight of the MSE of the last hidden state")
-    parser.add_argument("--logits", type=float, default=Distill.logits, help="weight of the KL divergence")
+    parser.add_argument("--logits", type=float, default=TAUGHT_LOGITS, help="weight of the KL divergence")
     parser.add_argument("--temperature", type=float, default=Distill.temperature)
     parser.add_argument("--top-k", type=int, default=64, help="logits of the teacher kept per position")
     return parser.parse_args()
@@ -156,7 +169,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args, started = arguments(), time.monotonic()
     torch.set_num_threads(1)
-    report = {"options": json.loads(json.dumps(vars(args), default=lambda path: path.name)), "untrained": {}, "runs": [], "summary": {}}
+    report = {
+        "options": json.loads(json.dumps(vars(args), default=lambda path: path.name)),
+        "untrained": {},
+        "runs": [],
+        "summary": {},
+    }
 
     with tempfile.TemporaryDirectory() as scratch:
         demo = Demo(args, scratch)

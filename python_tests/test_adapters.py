@@ -339,7 +339,9 @@ def test_save_pretrained_writes_the_base_only(tmp_path):
     model = llama()
     cx.compress(model, cx.Recipe(embeddings="int8", activations="exact"))
     model.save_pretrained(tmp_path / "small")
-    directory = peft_adapter(tmp_path / "a", llama(), modules_to_save=["embed_tokens", "lm_head"], perturb=["embed_tokens", "lm_head"])
+    directory = peft_adapter(
+        tmp_path / "a", llama(), modules_to_save=["embed_tokens", "lm_head"], perturb=["embed_tokens", "lm_head"]
+    )
     cx.load_adapter(model, directory, "a")
     cx.set_adapter(model, "a")
     torch.testing.assert_close(logits(model), peft_logits(dense_equivalent(model, llama()), directory), rtol=1e-5, atol=1e-5)

@@ -136,7 +136,11 @@ def test_the_fingerprint_of_a_saved_model(tmp_path):
     add_adapter(model, "r", recovery=random_factors(SITES, 3, 0.5, 2))
     cx.save_adapter(model, "r", tmp_path / "r")
     base = read_recovery(tmp_path / "r").base
-    assert base["model_type"] == "llama" and base["quantization"]["group_size"] == 32 and base["quantization"]["files"]["model.safetensors"]["blake2b"]
+    assert (
+        base["model_type"] == "llama"
+        and base["quantization"]["group_size"] == 32
+        and base["quantization"]["files"]["model.safetensors"]["blake2b"]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         cx.load_adapter(cx.load(tmp_path / "small"), tmp_path / "r", "r")

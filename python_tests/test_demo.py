@@ -11,7 +11,7 @@ from calora_ext.errors import CaloraError
 from calora_ext.evaluate import perplexity
 from calora_ext.integrations.models import load
 
-SHORT = Plan(formats=("int4 row",), arms=("ceiling", "i-rc-d"), steps=2, batch_size=1, windows=2, new_tokens=2, bench_seconds=0.01)
+SHORT = Plan(formats=("int4 row", "int4 everywhere"), arms=("ceiling", "i-rc-d"), steps=2, batch_size=1, windows=2, new_tokens=2, bench_seconds=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def test_arms(told):
     _, results, said = told
     names = [row["arm"] for row in results["arms"]]
     assert names == [
-        "dense", "dense + LoRA", "int4 row", "int4 row, exact activations", "int4 row + LoRA, inherited", ARMS["ceiling"],
-        f"int4 row {ARMS['i-rc-d']}",
+        "dense", "dense + LoRA", "int4 row", "int4 row + LoRA, inherited", "int4 everywhere", "int4 everywhere, exact activations",
+        "int4 everywhere + LoRA, inherited", ARMS["ceiling"], f"int4 everywhere {ARMS['i-rc-d']}",
     ]  # fmt: skip
     loss = {row["arm"]: row["loss"] for row in results["arms"]}
     assert loss["dense + LoRA"] < loss["dense"] and loss["int4 row + LoRA, inherited"] < loss["int4 row"]

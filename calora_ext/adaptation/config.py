@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import CaloraError
 
 Sites = str | Iterable[str]  # "all", a regular expression for the whole module path, or names matched as suffixes (PEFT's rules)
+
+
+TAUGHT_LOGITS = 16.0  # weight of the KL divergence from a teacher that knows the task
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,13 @@ class Distill:
     i-th block, which is the input of the next; -1 is the last one, after the final norm, and -2 therefore the *input of the
     last block*. Encoder-decoder models have two stacks: "encoder:-2", "decoder:-2" (a bare index is the decoder's).
     logits, temperature: weight of the KL divergence at that temperature, times temperature squared, over predicted positions.
+    None weighs it 16 if the teacher has an adapter, inherited or its own, that is if it was trained on the task, else 0. A large
+    weight matters: the labels alone, seen before, make a small adapter overfit; a published run (``presets``) has none.
     mask_padding: leave padding out of the MSE (the published code counts it).
     """
 
     hidden: Mapping[int | str, float] = field(default_factory=lambda: {-1: 0.05})
-    logits: float = 0.0
+    logits: float | None = None
     temperature: float = 1.0
     mask_padding: bool = True
 
@@ -81,11 +86,16 @@ class Distill:
         for key, weight in self.hidden.items():
             hidden_index(key)
             _check_weight(f"Distill(hidden={{{key!r}: ...}})", weight)
-        _check_weight("Distill(logits=...)", self.logits)
+        if self.logits is not None:
+            _check_weight("Distill(logits=...)", self.logits)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise CaloraError(f"Distill(temperature={self.temperature}) must be positive")
-        if not any(self.hidden.values()) and not self.logits:
+        if not any(self.hidden.values()) and self.logits == 0:
             raise CaloraError("Distill has no weight above 0; pass distill=None to train without a teacher")
+
+    def resolve(self, taught: bool) -> Distill:
+        """With a number for logits. taught: whether the teacher has an adapter."""
+        return self if self.logits is not None else replace(self, logits=TAUGHT_LOGITS if taught else 0.0)
 
     def targets(self) -> dict[str, tuple[str, int]]:
         """{"decoder:-1": ("decoder", -1), ...}: the hidden states with a weight, by a name that does not depend on the spelling."""

@@ -18,7 +18,7 @@ _PRESETS = {
     "t5-3b": {
         "lora": Lora(rank=32, alpha=16, targets=("q", "k")),
         "recovery": Recovery(rank=32, alpha=16, sites="all"),
-        "distill": Distill(hidden={"encoder:-2": 0.005, "decoder:-2": 0.05}, mask_padding=False),
+        "distill": Distill(hidden={"encoder:-2": 0.005, "decoder:-2": 0.05}, logits=0.0, mask_padding=False),
         "args": Settings(
             learning_rate=1e-3, lr_scheduler_type="noam", warmup_steps=100, num_train_epochs=20, per_device_train_batch_size=16,
             gradient_accumulation_steps=4, weight_decay=1e-2, max_grad_norm=10.0, seed=1234,
@@ -29,7 +29,7 @@ _PRESETS = {
     "llama-13b": {
         "lora": Lora(rank=16, alpha=16, targets=_ATTENTION),
         "recovery": Recovery(rank=16, alpha=16, sites=(*_ATTENTION, *_MLP), dropout=dict.fromkeys(_MLP, 0.05)),
-        "distill": Distill(hidden={-1: 1.0}, mask_padding=False),
+        "distill": Distill(hidden={-1: 1.0}, logits=0.0, mask_padding=False),
         "args": Settings(
             learning_rate=1e-4, lr_scheduler_type="constant", warmup_steps=0, max_steps=2000, per_device_train_batch_size=4,
             gradient_accumulation_steps=16, max_grad_norm=0.3,
@@ -40,7 +40,7 @@ _PRESETS = {
     "llama-2-13b": {
         "lora": Lora(rank=64, alpha=16, targets=(*_ATTENTION, *_MLP), dropout=0.1),
         "recovery": Recovery(rank=64, alpha=16, sites=(*_ATTENTION, *_MLP), dropout=0.1),
-        "distill": Distill(hidden={-1: 0.055}, mask_padding=False),
+        "distill": Distill(hidden={-1: 0.055}, logits=0.0, mask_padding=False),
         "args": Settings(
             learning_rate=2e-4, lr_scheduler_type="constant", warmup_steps=0, num_train_epochs=5, per_device_train_batch_size=6,
             gradient_accumulation_steps=2, max_grad_norm=0.3,

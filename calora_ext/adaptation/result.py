@@ -11,7 +11,7 @@ class AdaptResult:
 
     history: one row per optimiser step. eval_before, eval_after: {"loss", and for classification "accuracy"} on eval_data, with
     the adapter at step 0 and at the end; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
-    peak_rss_bytes: of the whole process so far. resumed_at: the step of the checkpoint it went on from.
+    run: every setting, and hashes of what went in. peak_rss_bytes: of the whole process so far. resumed_at: the step of the checkpoint it went on from.
     """
 
     adapter_name: str
@@ -28,7 +28,8 @@ class AdaptResult:
     seconds: float
     tokens_per_second: float
     peak_rss_bytes: int
-    resumed_at: int = 0
+    resumed_at: int
+    run: dict = field(repr=False)
 
     @property
     def losses(self) -> list[float]:

@@ -87,6 +87,7 @@ def adapt(
     if lora is None and inherited is None:
         lora = Lora()
     wanted = lora or None
+    distill = distill and distill.resolve(student.taught(teacher, inherited))
     chosen = student.plan(model, task, wanted, recovery, inherited)
     run = _facts(model, samples, settings, task, length, lora, recovery, distill, digest)
     with ExitStack() as stack:
@@ -113,7 +114,7 @@ def adapt(
     counts = chosen.parameters(model)
     return AdaptResult(
         adapter_name, _arm(lora, inherit, recovery, distill), task, said, length, len(trained.history), trained.history, before, after,
-        counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), _peak_rss(), trained.resumed_at,
+        counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), _peak_rss(), trained.resumed_at, run,
     )  # fmt: skip
 
 
@@ -144,6 +145,7 @@ def cache_teacher(
     length = training_length(teacher, max_length)
     samples, _ = _samples(teacher, tokenizer, data, task, length, columns)
     inherited = None if inherit is None else student.read_inherited(inherit)
+    distill = distill.resolve(student.taught(teacher, inherited))
     about = cache.facts(samples, tokenizer, task, length, distill, None if inherited is None else inherited.digest)
     with student.teaching(teacher, inherited):
         return cache.write(

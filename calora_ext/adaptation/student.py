@@ -224,10 +224,15 @@ class _TrainedHead:
             p.data = p.data.to(self.dtypes[key])
 
 
+def taught(teacher: nn.Module | None, inherited: Inherited | None) -> bool:
+    """Whether the teacher has an adapter: the inherited one, or one that acts on it already (ours, or PEFT's)."""
+    return _gives_lora(inherited) or (teacher is not None and _has_adapter(teacher))
+
+
 @contextmanager
 def teaching(teacher: nn.Module | None, inherited: Inherited | None) -> Iterator[None]:
-    """The teacher with the inherited LoRA, unless an adapter acts on it already (ours, or PEFT's)."""
-    if teacher is None or inherited is None or not (inherited.lora.factors or inherited.lora.full) or _has_adapter(teacher):
+    """The teacher with the inherited LoRA, unless an adapter acts on it already."""
+    if teacher is None or not _gives_lora(inherited) or _has_adapter(teacher):
         yield
         return
     name = "calora teacher"
@@ -237,6 +242,10 @@ def teaching(teacher: nn.Module | None, inherited: Inherited | None) -> Iterator
         yield
     finally:
         delete_adapter(teacher, name)
+
+
+def _gives_lora(inherited: Inherited | None) -> bool:
+    return inherited is not None and bool(inherited.lora.factors or inherited.lora.full)
 
 
 def _has_adapter(model: nn.Module) -> bool:

@@ -13,7 +13,13 @@ ARMS = {
     "i-big": "+ larger LoRA, inherited, trained on",
     "i-rc-d": "+ CA-LoRA",
 }
-FORMATS = {"int8": ("int8", None), "int4 g64": ("int4", 64), "int4 row": ("int4", -1)}  # weights, group_size
+FORMATS = {
+    "int8": {"weights": "int8"},
+    "int4 g64": {"weights": "int4", "group_size": 64},
+    "int4 row": {"weights": "int4", "group_size": -1},
+    # The harshest there is: one scale per row, for the embeddings and the output head tied to them as well.
+    "int4 everywhere": {"weights": "int4", "group_size": -1, "embeddings": "int4"},
+}  # fields of a Recipe
 
 
 @dataclass(frozen=True)
@@ -22,8 +28,8 @@ class Plan:
     steps of batch_size windows of 256 tokens; windows: of held-out text per evaluation, None for all of it. new_tokens:
     generated per timing. bench_seconds: per peer of the kernel timing."""
 
-    formats: tuple[str, ...] = ("int8", "int4 g64", "int4 row")
-    trained: tuple[str, ...] = ("int4 row",)
+    formats: tuple[str, ...] = tuple(FORMATS)
+    trained: tuple[str, ...] = ("int4 everywhere",)
     arms: tuple[str, ...] = ("ceiling", "i", "i-rc-d")
     steps: int = 150
     seeds: tuple[int, ...] = (0,)
@@ -35,4 +41,4 @@ class Plan:
 
 
 QUICK = Plan()
-FULL = Plan(trained=("int4 g64", "int4 row"), arms=tuple(ARMS), steps=300, seeds=(0, 1, 2), windows=None)
+FULL = Plan(trained=("int4 row", "int4 everywhere"), arms=tuple(ARMS), steps=300, seeds=(0, 1, 2), windows=None)

@@ -111,6 +111,8 @@ def _markdown(results: dict, pictures: dict[str, str]) -> str:
         _picture(pictures, "Training"),
         "## Size",
         table(("weights", "bytes on disk", "smaller by"), sizes),
+        "*g64*: groups of 64 columns share a scale; *row*: a scale per row; *everywhere*: a scale per row, for the embeddings and the "
+        "output head tied to them as well.",
         _picture(pictures, "Size"),
         _picture(pictures, "Error of each layer"),
         "## Text, with the adapter on and off",

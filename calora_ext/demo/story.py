@@ -91,9 +91,8 @@ class _Story:
         errors, same = {}, True
         probe = self.texts["austen-test"][None, :64]
         for name in self.plan.formats:
-            weights, group = FORMATS[name]
             model = load(self.base)
-            errors[name] = compress(model, Recipe(weights=weights, group_size=group)).errors
+            errors[name] = compress(model, Recipe(**FORMATS[name])).errors
             model.save_pretrained(self._model(name))
             self.tokenizer.save_pretrained(self._model(name))
             with torch.inference_mode():
@@ -223,10 +222,8 @@ class _Story:
 
     def _parts(self, directory: Path) -> dict[str, int]:
         """Bytes on disk of the linear layers, and of everything else in the weight files."""
-        headers = read_headers(shard_paths(directory))
-        linear = sum(
-            h.tensors[name].end - h.tensors[name].begin for name, h in headers.items() if name.endswith((".packed", "_proj.weight"))
-        )
+        stored = {name: header.tensors[name] for name, header in read_headers(shard_paths(directory)).items()}
+        linear = sum(t.end - t.begin for name, t in stored.items() if "_proj." in name)
         return {"linear layers": linear, "embeddings, norms, headers": sum(p.stat().st_size for p in shard_paths(directory)) - linear}
 
 
