@@ -27,7 +27,7 @@ def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6):
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     yield axes
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -71,7 +71,7 @@ def loss_dots(path: Path, title: str, arms: Sequence[tuple[str, float, float, bo
         axes.invert_yaxis()
         axes.set_xlim(low - 0.08 * room, high + 0.08 * room)
         axes.set_ylim(len(arms) - 0.5, -0.8)
-        axes.set_xlabel("loss on held-out text, nats per token (lower is better; the axis does not start at 0)")
+        axes.set_xlabel("held-out loss, nats per token (lower is better; axis not from 0)")
         axes.grid(axis="y", color="#e5e5e5")
         axes.set_axisbelow(True)
 

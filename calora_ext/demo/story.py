@@ -231,7 +231,8 @@ def verdict(arms: list[dict], form: str) -> dict:
     """Gap between inheriting and the ceiling, and the share of it that CA-LoRA closes."""
     loss = {row["arm"]: row["loss"] for row in arms}
     spread = max((row["sd"] or 0.0) for row in arms)
-    ceiling = loss.get(ARMS["ceiling"], loss["dense + LoRA"])
+    # Training on can overfit: the ceiling is the better of the dense model's two LoRAs, so that a gap is never flattered.
+    ceiling = min(loss.get(ARMS["ceiling"], loss["dense + LoRA"]), loss["dense + LoRA"])
     inherited, ours = loss[f"{form} + LoRA, inherited"], loss[f"{form} {ARMS['i-rc-d']}"]
     gap = inherited - ceiling
     worth = gap >= WORTH_RECOVERING and gap >= 3 * spread
