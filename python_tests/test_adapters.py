@@ -357,7 +357,7 @@ def test_saving_fails_cleanly(tmp_path, two, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(CaloraError, match="cannot write"):
         cx.save_adapter(two[0], "a", tmp_path / "file" / "x")
-    import calora_ext.io.peft_adapter as module
+    import calora_ext.io.files as module
 
     monkeypatch.setattr(module, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no space left on device")))
     with pytest.raises(CaloraError, match="no space left"):

@@ -1,6 +1,7 @@
 """What a user gets: the README's example, the source distribution, cards and tables."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -105,3 +106,19 @@ def test_table():
 @pytest.mark.parametrize(("n", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.00 kB"), (12345, "12.3 kB"), (5.22e6, "5.22 MB"), (3e13, "30000 GB")])
 def test_format_bytes(n, text):
     assert format_bytes(n) == text
+
+
+def test_saved_files_are_as_readable_as_any_other(tmp_path):
+    """safetensors makes its files private (0600); what we save follows the umask."""
+    before = os.umask(0o022)
+    try:
+        model = make_llama()
+        calora_ext.compress(model)
+        model.save_pretrained(tmp_path / "small")
+        make_lora(tmp_path / "lora", make_llama())
+        calora_ext.load_adapter(model, tmp_path / "lora", "a")
+        calora_ext.save_adapter(model, "a", tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for name in ("small", "adapter") for p in (tmp_path / name).iterdir()}
+    assert {"model.safetensors", "adapter_model.safetensors"} < set(modes) and set(modes.values()) == {0o644}, modes

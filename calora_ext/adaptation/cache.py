@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import CaloraError
 from ..io.batches import IGNORED, Batch, Sample, collate, sample_key
-from ..io.files import read_json
+from ..io.files import read_json, save_tensors
 from .config import Distill
 from .objective import Targets, mask_of
 from .teacher import LiveTeacher, fingerprint, frozen
@@ -84,7 +83,7 @@ def write(
                     }
                     shards[key] = f"shard-{number:05}.safetensors"
                 if start + batch_size >= len(unique) or sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
-                    save_file(pending, part / shards[piece[-1][0]])
+                    save_tensors(pending, part / shards[piece[-1][0]])
                     pending, number = {}, number + 1
         stored = {"dtype": dtype, "top_k": top_k}
         manifest = {"version": 1, "about": {**about, "teacher": fingerprint(teacher)}, "stored": stored, "shards": shards}

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CaloraError
-from ..io.files import read_json
+from ..io.files import read_json, save_tensors
 
 _STATE, _TRAINED, _OPTIMIZER = "state.json", "trained.safetensors", "optimizer.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -44,8 +44,8 @@ def save(
     states = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
     try:
         part.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in parameters.items()}, part / _TRAINED)
-        save_file(states, part / _OPTIMIZER)
+        save_tensors({name: p.detach().contiguous() for name, p in parameters.items()}, part / _TRAINED)
+        save_tensors(states, part / _OPTIMIZER)
         (part / _STATE).write_text(json.dumps({"version": 1, "step": step, "run": run, "history": history}) + "\n")
         if target.exists():
             shutil.rmtree(target)

@@ -48,12 +48,9 @@ def emit(columns: Sequence[str], rows: Iterable[Sequence[object]], result: objec
 
 def write_text(path: Path, text: str) -> None:
     """Write beside, then rename: the file is whole or absent."""
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    from ..io.files import write_together
+
+    write_together(path.parent, {path.name: lambda part: part.write_text(text, encoding="utf-8")})
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import CaloraError
 from ..formats import WeightFormat
 from ..formats.layout import TILE_ALIGN
+from .files import json_writer, read_json, write_together
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -126,29 +127,6 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
     except (TypeError, ValueError, KeyError):
         raise CaloraError(f"the header of {path} is damaged at tensor {name!r}; copy the file again") from None
     return Stored(dtype, tuple(shape), data + begin, data + end)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CaloraError if it is not one."""
-    try:
-        value = json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise CaloraError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CaloraError(f"{path} is not valid JSON ({error}); copy it again") from None
-    if not isinstance(value, dict):
-        raise CaloraError(f"{path} is not a JSON object; copy it again")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Written beside, then renamed: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -290,12 +268,14 @@ def digest(path: Path) -> dict[str, Any]:
 def finish_save(directory: Path) -> dict[str, dict]:
     """Align the shards of a directory just written and record them in its config.json. Returns what was recorded."""
     paths = shard_paths(directory)
+    mode = (directory / CONFIG).stat().st_mode
     for path in paths:
         align(path)
+        path.chmod(mode)  # safetensors makes files that only their owner may read
     files = {path.name: digest(path) for path in paths}
     config = read_json(directory / CONFIG)
     config["quantization_config"]["files"] = files
-    write_json(directory / CONFIG, config)
+    write_together(directory, {CONFIG: json_writer(config)})
     return files
 
 

@@ -6,8 +6,11 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..errors import CaloraError
 
@@ -44,12 +47,22 @@ def json_writer(value: dict) -> Callable[[Path], object]:
     return lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of any new file: safetensors makes its own readable by their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CaloraError if it is missing, unreadable or something else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CaloraError(f"cannot read {path}: {error}") from error
+        value = json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise CaloraError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CaloraError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(value, dict):
-        raise CaloraError(f"{path} does not hold a JSON object; the file is damaged")
+        raise CaloraError(f"{path} is not a JSON object; copy it again")
     return value

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CaloraError
 from ..lowrank import Factors
-from .files import Writers, json_writer, read_json, write_together
+from .files import Writers, json_writer, read_json, save_tensors, write_together
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -116,7 +115,7 @@ def adapter_writers(adapter: LoraAdapter, dtype: torch.dtype) -> Writers:
         tensors[PREFIX + name] = value
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     return {
-        WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        WEIGHTS_NAME: lambda path: save_tensors(tensors, path),
         CONFIG_NAME: json_writer(describe(adapter.config, adapter.factors)),
     }
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..errors import CaloraError
 from ..lowrank import Factors
-from .files import Writers, json_writer, read_json
+from .files import Writers, json_writer, read_json, save_tensors
 from .peft_adapter import float32_factors, read_tensors
 
 CONFIG_NAME = "recovery_config.json"
@@ -93,7 +92,7 @@ def recovery_writers(recovery: RecoveryAdapter, dtype: torch.dtype) -> Writers:
         "parameters": sorted(recovery.full),
         "base": recovery.base,
     }
-    return {WEIGHTS_NAME: lambda path: save_file(tensors, path, metadata={"format": "pt"}), CONFIG_NAME: json_writer(config)}
+    return {WEIGHTS_NAME: lambda path: save_tensors(tensors, path), CONFIG_NAME: json_writer(config)}
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
