@@ -257,7 +257,20 @@ def test_a_save_that_fails_leaves_the_old_model(saved, damaged, monkeypatch):
     monkeypatch.setattr(checkpoint, "finish_save", full)
     with pytest.raises(cx.CaloraError, match="No space left"):
         model.save_pretrained(damaged)
+    with pytest.raises(cx.CaloraError, match="No space left"):
+        model.save_pretrained(damaged / "new")
     assert {p.name: p.read_bytes() for p in damaged.iterdir()} == before
+
+
+def test_where_a_model_cannot_be_saved(saved, tmp_path):
+    model = cx.load(saved)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(cx.CaloraError, match="cannot be saved to .*Not a directory"):
+        model.save_pretrained(tmp_path / "file" / "model")
+    # Its files would be neither aligned nor recorded in the config.json that both variants share.
+    with pytest.raises(cx.CaloraError, match="no variants"):
+        model.save_pretrained(tmp_path / "model", variant="v2")
+    assert not (tmp_path / "model").exists()
 
 
 # --- fuzz --------------------------------------------------------------------------------------------------------------

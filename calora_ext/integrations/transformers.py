@@ -279,15 +279,18 @@ def _save_pretrained(original):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         quantizer = getattr(self, "hf_quantizer", None)
         adapters_only = getattr(self, "_hf_peft_config_loaded", False)
-        if not isinstance(quantizer, CaloraQuantizer) or adapters_only or kwargs.get("variant") or Path(save_directory).is_file():
+        if not isinstance(quantizer, CaloraQuantizer) or adapters_only or Path(save_directory).is_file():
             return original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        if kwargs.get("variant"):
+            raise CaloraError("a compressed model has no variants: config.json describes one set of files; save it to a directory of its own")
         if push_to_hub:  # it saves to a temporary directory, through here, and uploads that
             names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr", "max_shard_size", "tags")
             hub = {name: kwargs[name] for name in names if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).name} | hub)
         directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        created = not directory.exists()
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as beside:
                 with base_only(self):  # heads that an active adapter replaced are the adapter's
                     original(self, beside, *args, **kwargs)
@@ -300,6 +303,9 @@ def _save_pretrained(original):
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CaloraError(f"the model cannot be saved to {directory}: {reason}; free some space or choose another directory") from error
+        finally:
+            if created and directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
 
     save_pretrained._calora = True
     return save_pretrained
