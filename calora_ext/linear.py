@@ -60,6 +60,7 @@ class CompressedLinear(nn.Linear):
     """
 
     read_only = "CompressedLinear.weight is a decoded, read-only view; merge adapters with calora_ext.merge_adapter"
+    changed = False  # whether an adapter was merged into it since it was compressed, loaded or saved
 
     def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, dtype=None, device=None) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight

@@ -265,7 +265,7 @@ def test_a_save_that_fails_leaves_the_old_model(saved, damaged, monkeypatch):
 def test_where_a_model_cannot_be_saved(saved, tmp_path):
     model = cx.load(saved)
     (tmp_path / "file").write_text("")
-    with pytest.raises(cx.CaloraError, match="cannot be saved to .*Not a directory"):
+    with pytest.raises(cx.CaloraError, match=r"cannot be saved to .*Not a directory"):
         model.save_pretrained(tmp_path / "file" / "model")
     # Its files would be neither aligned nor recorded in the config.json that both variants share.
     with pytest.raises(cx.CaloraError, match="no variants"):

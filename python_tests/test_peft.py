@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import calora_ext as cx
 from calora_ext import CaloraError, CompressedEmbedding, CompressedLinear, WeightFormat
 from calora_ext.integrations.peft import CaloraLoraLinear
+from calora_ext.io.recovery import fingerprint
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -221,6 +222,48 @@ def test_merge_and_unload_and_unload(pair, adapters):
     merged = small.merge_and_unload(safe_merge=True)
     assert type(merged.get_submodule(Q)) is CompressedLinear
     close(logits(merged), want, 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:merging LoRA")
+def test_a_merge_that_fails_keeps_what_was_merged(pair, adapters):
+    peft = PeftModel.from_pretrained(pair[0], adapters[0], "a")
+    peft.load_adapter(adapters[1], "b")
+    peft.merge_adapter(["a"])
+    layer = peft.get_submodule("base_model.model." + Q)
+    before = layer.base_layer.decode()
+    with torch.no_grad():
+        layer.lora_B["b"].weight.fill_(1e8)
+    with pytest.raises(CaloraError, match="too large"):
+        layer.merge(adapter_names=["b"])
+    assert torch.equal(layer.base_layer.decode(), before) and layer.merged_adapters == ["a"]
+
+
+@pytest.mark.filterwarnings("ignore:merging LoRA")
+def test_a_merged_model_is_not_the_one_on_disk(tmp_path):
+    model = llama()
+    cx.compress(model, cx.Recipe(group_size=32))
+    model.save_pretrained(tmp_path / "small")
+    assert fingerprint(model)["quantization"]["files"]
+    peft = get_peft_model(model, config())
+    peft.merge_adapter()
+    assert fingerprint(model)["quantization"]["files"] == {}
+    peft.unmerge_adapter()
+    assert fingerprint(model)["quantization"]["files"]
+    merged = peft.merge_and_unload()
+    assert fingerprint(merged)["quantization"]["files"] == {}
+    merged.save_pretrained(tmp_path / "merged")
+    assert fingerprint(merged) == fingerprint(cx.load(tmp_path / "merged"))
+
+
+@pytest.mark.filterwarnings("ignore:.save_embedding_layers")
+def test_a_packed_tied_head_is_not_merged_into():
+    model = llama(tie_word_embeddings=True)
+    cx.compress(model, cx.Recipe(embeddings="int8"))
+    peft = get_peft_model(model, config(target_modules=["lm_head"]))
+    before = logits(peft)
+    with pytest.raises(CaloraError, match="shares its weight"):
+        peft.merge_adapter()
+    assert torch.equal(logits(peft), before)
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")

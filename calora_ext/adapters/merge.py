@@ -12,6 +12,7 @@ from ..embedding import CompressedEmbedding
 from ..errors import CaloraError
 from ..io.peft_adapter import LoraAdapter
 from ..linear import CompressedLinear
+from ..lowrank import Factors
 from .resident import base_only, branches_of, delete_adapter, install, select, set_module, state_of
 
 
@@ -65,7 +66,14 @@ def merge_adapter(model: nn.Module, adapter_name: str, lora_only: bool = False) 
         for path in entry.lora_bias:
             if layers[path].bias is None:
                 raise CaloraError(f"{path} has no bias to merge lora_bias into; keep adapter {adapter_name!r} unmerged")
-        errors = {path: merge_delta(layers[path], f.scale * (f.up @ f.down)) for path, f in lora.items()}
+        # Packed weights are all rounded before the first is replaced: one that cannot be leaves the model as it was.
+        packed = {path: requantised(layer, delta_of(lora[path])) for path, layer in layers.items() if isinstance(layer, CompressedLinear)}
+        errors = {path: error for path, (_, error) in packed.items()}
+        for path, layer in layers.items():
+            if path in packed:
+                replace_packed(layer, packed[path][0])
+            else:
+                errors[path] = _add(layer, delta_of(lora[path]))
         for path, module in entry.modules.items():
             set_module(model, path, module)
         for path, bias in entry.biases.items():
@@ -73,7 +81,6 @@ def merge_adapter(model: nn.Module, adapter_name: str, lora_only: bool = False) 
             layer.bias = nn.Parameter(bias.to(layer.bias), requires_grad=False)
         for path, bias in entry.lora_bias.items():
             layers[path].bias = nn.Parameter(layers[path].bias + bias.to(layers[path].bias), requires_grad=False)
-    _forget_files(model)
     delete_adapter(model, adapter_name)
     if recovered:
         install(model, adapter_name, LoraAdapter({}), recovered, entry.base)
@@ -85,14 +92,21 @@ def merge_adapter(model: nn.Module, adapter_name: str, lora_only: bool = False) 
     return MergeReport(adapter_name, errors)
 
 
+def delta_of(f: Factors) -> Tensor:
+    """What a LoRA adds to a weight, (out_features, in_features) float32."""
+    return f.scale * (f.up @ f.down)
+
+
+def replace_packed(layer: CompressedLinear, packed: dict[str, Tensor], changed: bool = True) -> None:
+    """Give a layer other packed tensors. changed: whether they differ from those that it was compressed to, or loaded with."""
+    for name, tensor in packed.items():
+        setattr(layer, name, tensor)
+    layer.changed = changed
+
+
 @torch.no_grad()
-def merge_delta(layer: nn.Module, delta: Tensor) -> float:
-    """Add delta (out_features, in_features) to a layer's weight, in its own format; returns MergeReport's error."""
-    if isinstance(layer, CompressedLinear):
-        packed, error = requantised(layer, delta)
-        for name, tensor in packed.items():
-            setattr(layer, name, tensor)
-        return error
+def _add(layer: nn.Module, delta: Tensor) -> float:
+    """Add delta (out_features, in_features) to a dense layer's weight; returns MergeReport's error."""
     weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.t()  # Conv1D is transposed
     wanted = weight.float() + delta
     weight.copy_(wanted)
@@ -100,16 +114,17 @@ def merge_delta(layer: nn.Module, delta: Tensor) -> float:
 
 
 @torch.no_grad()
-def requantised(layer: CompressedLinear, delta: Tensor) -> tuple[dict[str, Tensor], float]:
-    """The packed tensors of a layer's weight plus delta, and MergeReport's error. The layer stays as it is.
+def requantised(layer: CompressedLinear, delta: Tensor, packed: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float]:
+    """The packed tensors of a weight plus delta, and MergeReport's error. The layer stays as it is.
 
-    Raises CaloraError for a layer that reads the matrix of another one.
+    packed: the weight, if not the layer's present one. Raises CaloraError for a layer that reads the matrix of another one.
     """
     if "packed" not in layer._buffers:
         raise CaloraError("this layer shares its weight with the input embeddings; an adapter on it cannot be merged")
-    wanted = layer.decode() + delta
+    size = (layer.in_features, layer.out_features)
+    wanted = ops.decode(list((packed or layer.packed_tensors()).values()), layer.format, *size) + delta
     packed = layer.format.pack(wanted)
-    stored = ops.decode(list(packed.values()), layer.format, layer.in_features, layer.out_features)
+    stored = ops.decode(list(packed.values()), layer.format, *size)
     return packed, _relative(stored - wanted, delta)
 
 
@@ -133,12 +148,3 @@ def _refuse_shared(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 def _matrix(module: nn.Module) -> Tensor | None:
     """What holds a layer's weight: the packed tensor, or the parameter."""
     return module.packed if isinstance(module, CompressedLinear | CompressedEmbedding) else module._parameters.get("weight")
-
-
-def _forget_files(model: nn.Module) -> None:
-    """A merged model is no longer what the hashes recorded at its last save describe."""
-    for owner in (getattr(model, "hf_quantizer", None), getattr(model, "config", None)):
-        if hasattr(getattr(owner, "quantization_config", None), "files"):
-            owner.quantization_config.files = {}
-
-

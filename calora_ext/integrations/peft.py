@@ -23,7 +23,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .. import ops
-from ..adapters import dense_copy, requantised
+from ..adapters import dense_copy, replace_packed, requantised
 from ..embedding import CompressedEmbedding
 from ..errors import CaloraError
 from ..io.peft_adapter import BASE_CHANGING_INITS
@@ -42,7 +42,7 @@ class CaloraLoraLinear(lora.Linear):
         config = copy.copy(config)
         config.fan_in_fan_out = False  # a Conv1D was transposed when it was packed
         self._operands: tuple[Any, Bank] = (None, NO_BANK)
-        self._original: dict[str, Tensor | None] = {}
+        self._original: tuple[dict[str, Tensor], Tensor | None] | None = None  # packed tensors and bias, while merged
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
         self.merge_error = 0.0  # |stored - (base + delta)| / |delta| of what is merged now
 
@@ -92,16 +92,15 @@ class CaloraLoraLinear(lora.Linear):
             raise CaloraError(f"adapter {variants[0]!r} is a LoRA variant, which cannot be merged into packed weights; keep it unmerged")
         if base.bias is None and any(self.lora_bias[name] for name in wanted):
             raise CaloraError("lora_bias cannot be merged into a layer without bias; keep the adapter unmerged")
-        original = self._original or {**base.packed_tensors(), "bias": base.bias}
-        self._restore(original)  # all that is merged is rounded together, once
+        original, original_bias = self._original or (base.packed_tensors(), base.bias)
         delta = sum(self.get_delta_weight(name).float() for name in wanted)
-        packed, self.merge_error = requantised(base, delta)
-        bias = base.bias
+        packed, self.merge_error = requantised(base, delta, original)  # all that is merged is rounded together, once
+        bias = original_bias
         for name in wanted:
             if self.lora_bias[name]:
                 bias = bias + (self.lora_B[name].bias * self.scaling[name]).to(bias.dtype)
-        self._restore({**packed, "bias": bias})
-        self._original, self.merged_adapters = original, wanted
+        self._set_base(packed, bias, changed=True)
+        self._original, self.merged_adapters = (original, original_bias), wanted
         if self.merge_error > 0.005:
             # One significant digit: layers with the same loss warn once, by Python's default filter.
             share = round(self.merge_error, -math.floor(math.log10(self.merge_error)))
@@ -111,16 +110,13 @@ class CaloraLoraLinear(lora.Linear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore(self._original)
-        self._original, self.merged_adapters, self.merge_error = {}, [], 0.0
+        self._set_base(*self._original, changed=False)
+        self._original, self.merged_adapters, self.merge_error = None, [], 0.0
 
-    def _restore(self, tensors: dict[str, Tensor | None]) -> None:
+    def _set_base(self, packed: dict[str, Tensor], bias: Tensor | None, changed: bool) -> None:
         base = self.get_base_layer()
-        for name, tensor in tensors.items():
-            if name == "bias":
-                base.bias = None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-            else:
-                setattr(base, name, tensor)
+        replace_packed(base, packed, changed)
+        base.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
 
 
 def side_by_side(weights: list[tuple[Tensor, Tensor, float]]) -> Bank:

@@ -300,6 +300,8 @@ def _save_pretrained(original):
                         card = model_card(directory.name, quantizer.quantization_config.recipe.to_dict(), _sizes(quantizer))
                         (Path(beside) / "README.md").write_text(card, encoding="utf-8")
                     checkpoint.publish(Path(beside), directory)
+                    for module in compressed_modules(self).values():
+                        module.changed = False
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CaloraError(f"the model cannot be saved to {directory}: {reason}; free some space or choose another directory") from error

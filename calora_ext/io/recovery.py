@@ -105,6 +105,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         quantization = quantization.to_dict()
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "calora":
         quantization = None
+    elif any(getattr(module, "changed", False) for module in model.modules()):
+        quantization = {**quantization, "files": {}}  # they were recorded before an adapter was merged
     return {"model_type": getattr(config, "model_type", None), "quantization": quantization}
 
 
