@@ -9,6 +9,8 @@ from transformers import AutoModelForMaskedLM, BertConfig
 from zoo import TIED, ZOO, dense, logits
 
 import calora_ext as cx
+from calora_ext.adapters import add_adapter
+from calora_ext.lowrank import Factors
 from calora_ext.policy import plan
 
 each_model = pytest.mark.parametrize("name", ZOO)
@@ -31,6 +33,16 @@ def test_coverage_accounts_for_every_byte(name, embeddings):
     assert sum(r["bytes"] for r in rows) == coverage.nbytes and sum(r["parameters"] for r in rows) == coverage.parameters
     text = str(coverage)
     assert all(r["modules"].replace("|", "") in text for r in rows) and f"{coverage.nbytes:,}" in text
+
+
+def test_an_adapter_on_the_dense_layers_is_not_dropped_silently():
+    model, path = dense("llama"), "model.layers.0.mlp.up_proj"
+    out_features, in_features = model.get_submodule(path).weight.shape
+    add_adapter(model, "a", lora={path: Factors(torch.randn(2, in_features), torch.randn(out_features, 2), 1.0)})
+    with pytest.raises(cx.CaloraError, match="delete_adapter"):
+        cx.compress(model)
+    cx.delete_adapter(model, "a")
+    cx.compress(model)
 
 
 def test_every_reason_is_given():

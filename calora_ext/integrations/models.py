@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.utils import tqdm  # heeds HF_HUB_DISABLE_PROGRESS_BARS
 from torch import nn
 
+from ..adapters import list_adapters
 from ..compression.apply import apply
 from ..compression.calibrate import token_batches
 from ..compression.replace import compressed_modules
@@ -37,6 +38,8 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
 
     if not isinstance(model, PreTrainedModel):
         raise CaloraError(f"expected a transformers model, got {type(model).__name__}; load it with from_pretrained first")
+    if resident := list_adapters(model):
+        raise CaloraError(f"adapter {resident[0]!r} is loaded on the dense layers, which are replaced; delete_adapter it and load it again afterwards")
     started = time.perf_counter()
     recipe = (recipe or Recipe()).resolve(calibrated=calibration is not None)
     if recipe.rounding != "gptq" and calibration is not None:
