@@ -1,13 +1,16 @@
 """Who may import whom, read from the source: the layers of the package, and where the optional libraries are allowed."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import calora_ext
+from calora_ext import integrations
 
 PACKAGE = Path(calora_ext.__file__).parent
 
@@ -91,6 +94,19 @@ def test_import_is_light():
 def test_help_needs_no_torch():
     code = "import sys\ntry:\n    from calora_ext.cli import main; main(['--help'])\nfinally:\n    print('torch' in sys.modules)"
     assert fresh(code).endswith("False")
+
+
+def test_a_bridge_waits_for_the_import_not_for_a_look_up(tmp_path, monkeypatch):
+    (tmp_path / "some_library.py").write_text("broken\n")
+    (tmp_path / "some_bridge.py").write_text("import some_library\nsome_library.bridged = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    integrations.when_imported("some_library", "some_bridge")
+    assert importlib.util.find_spec("some_library") is not None and "some_bridge" not in sys.modules
+    with pytest.raises(NameError):  # an import that fails is not one either
+        import_module("some_library")
+    (tmp_path / "some_library.py").write_text("whole = 'and of another length'\n")
+    importlib.invalidate_caches()
+    assert import_module("some_library").bridged
 
 
 @pytest.mark.parametrize("name", calora_ext.__all__)

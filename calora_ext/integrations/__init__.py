@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable
-from importlib import import_module, util
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 
 
@@ -20,17 +20,18 @@ class _AfterImport(MetaPathFinder):
         self.waiting: dict[str, Callable[[], None]] = {}
 
     def find_spec(self, name, path, target=None):
-        callback = self.waiting.pop(name, None)
-        if callback is None:
+        if name not in self.waiting:
             return None
-        spec = util.find_spec(name)  # by the other finders: this one no longer waits for the name
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in others if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            callback()
+            if callback := self.waiting.pop(name, None):  # not before: a module may be looked up without being imported
+                callback()
 
         spec.loader.exec_module = exec_module
         return spec
