@@ -218,6 +218,12 @@ def test_cache_of_another_run_is_refused(tmp_path):
         run(compress(make_llama()), teacher_cache=tmp_path / "none", distill=Distill())
     with pytest.raises(CaloraError, match="exists already"):
         cache_teacher(path, dense, data=TEXTS, tokenizer=make_tokenizer())
+    manifest = json.loads((path / "teacher.json").read_text())
+    for damage in ({"shards": []}, {"about": None}, {"shards": dict.fromkeys(manifest["shards"], 3)}):
+        (path / "teacher.json").write_text(json.dumps(manifest | damage))
+        with pytest.raises(CaloraError, match=r"make (it|the cache) again"):
+            run(compress(make_llama()), teacher_cache=path, distill=Distill())
+    (path / "teacher.json").write_text(json.dumps(manifest))
     shard = next(path.glob("shard-*"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(CaloraError, match="damaged"):
@@ -280,6 +286,13 @@ def test_checkpoints_hold_the_adapter_alone_and_are_thinned(tmp_path):
     size = (tmp_path / "checkpoint-6" / "trained.safetensors").stat().st_size
     assert result.adapter_bytes < size < 1.3 * result.adapter_bytes
     assert sorted(p.suffix for p in (tmp_path / "checkpoint-6").iterdir()) == [".json", ".safetensors", ".safetensors"]
+
+
+def test_checkpoints_of_an_earlier_run_do_not_displace_new_ones(tmp_path):
+    (tmp_path / "checkpoint-90").mkdir()
+    (tmp_path / "checkpoint-90" / "state.json").write_text("{}")
+    run(compress(make_llama()), args=checkpointed(tmp_path, save_total_limit=1))
+    assert [p.name for p in checkpoint.found_in(tmp_path)] == ["checkpoint-6"]
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path):

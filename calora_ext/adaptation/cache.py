@@ -132,7 +132,7 @@ class TeacherCache:
         if not (self.directory / MANIFEST).is_file():
             raise CaloraError(f"{self.directory} is not a teacher cache: it holds no {MANIFEST}; give a teacher to make one")
         manifest = read_json(self.directory / MANIFEST)
-        if manifest.get("version") != 1 or not {"about", "shards"} <= manifest.keys():
+        if manifest.get("version") != 1 or not all(isinstance(manifest.get(key), dict) for key in ("about", "shards")):
             raise CaloraError(f"{self.directory / MANIFEST} is damaged or of another version; make the cache again")
         expected = dict(about) if teacher is None else {**about, "teacher": fingerprint(teacher)}
         theirs = manifest["about"]
@@ -156,7 +156,7 @@ class TeacherCache:
 
     def _read(self, key: str) -> dict[str, Tensor]:
         name = self.shards.get(key)
-        if name is None:
+        if not isinstance(name, str):
             raise CaloraError(f"the teacher cache {self.directory} lacks a sample of the data; make it again")
         try:
             if name not in self._open:

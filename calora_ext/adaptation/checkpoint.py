@@ -38,7 +38,7 @@ class Checkpoint:
 def save(
     directory: Path, step: int, run: dict, history: list[dict], parameters: dict[str, nn.Parameter], optimizer, keep: int | None
 ) -> Path:
-    """Write directory/checkpoint-STEP: beside first, then renamed. Of older ones the newest keep - 1 stay."""
+    """Write directory/checkpoint-STEP: beside first, then renamed. Of others the newest keep - 1 stay."""
     target = directory / f"checkpoint-{step}"
     part = directory / f".{target.name}.{os.getpid()}.part"
     states = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
@@ -50,7 +50,9 @@ def save(
         if target.exists():
             shutil.rmtree(target)
         part.replace(target)
-        for old in [] if keep is None else found_in(directory)[: -max(1, keep)]:
+        # The newest by time: a directory may hold later steps of an earlier run.
+        others = sorted((p for p in found_in(directory) if p != target), key=lambda p: (p / _STATE).stat().st_mtime_ns)
+        for old in [] if keep is None else others[: len(others) - max(1, keep) + 1]:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise CaloraError(f"cannot write {target}: {error}; free some space or choose another output_dir") from error
