@@ -193,6 +193,7 @@ A = "model.layers.1.mlp.up_proj.recovery_A.weight"
         ({"scales": {"model.layers.1.mlp.up_proj": 1.0}}, {}, "incomplete"),
         ({"base": None}, {}, "lacks the base"),
         ({"parameters": ["score.weight"]}, {}, "lacks replaced parameters"),
+        ({"scales": {A.removesuffix(".recovery_A.weight"): 10**400}}, {}, "lacks the scales"),
         ({}, {A: None}, "incomplete"),
         ({}, {A: torch.full((3, 32), float("inf"))}, "NaN or infinite"),
         ({}, {A: torch.zeros(4, 32)}, "rank, in"),

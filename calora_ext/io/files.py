@@ -55,6 +55,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number that float32 can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 3e38
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CaloraError if it is missing, unreadable or something else."""
     try:

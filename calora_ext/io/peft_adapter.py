@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import CaloraError
 from ..lowrank import Factors
-from .files import Writers, json_writer, read_json, save_tensors, write_together
+from .files import Writers, is_number, json_writer, read_json, save_tensors, write_together
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -191,7 +191,7 @@ def check_config(config: dict, where: object) -> None:
             numbers[f"{pattern}[{key}]"] = number
     for name, number in numbers.items():
         whole = name == "r" or name.startswith("rank")
-        if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)) or not math.isfinite(number) or (whole and number < 1):
+        if not is_number(number) or (whole and (not isinstance(number, int) or number < 1)):
             raise CaloraError(f"{where}: {name} is {number!r}; expected {'a positive integer' if whole else 'a number'}")
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         value = config.get(name)
@@ -270,5 +270,6 @@ def _alpha(rank: int, scale: float) -> float:
 def _compiles(pattern: object, where: object) -> None:
     try:
         re.compile(pattern)
+        re.compile(f"({pattern})(?P<layer>)")  # as a part of another one: no flags, no group of our name
     except (re.error, RecursionError, TypeError) as error:
         raise CaloraError(f"{where}: {pattern!r} is not a regular expression: {error}") from error

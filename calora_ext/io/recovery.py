@@ -6,7 +6,6 @@ fingerprint of the base that they were trained on.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CaloraError
 from ..lowrank import Factors
-from .files import Writers, json_writer, read_json, save_tensors
+from .files import Writers, is_number, json_writer, read_json, save_tensors
 from .peft_adapter import float32_factors, read_tensors
 
 CONFIG_NAME = "recovery_config.json"
@@ -55,7 +54,7 @@ def read_recovery(directory: str | os.PathLike) -> RecoveryAdapter:
     if config.get("activation") != ACTIVATION:
         raise CaloraError(f"{directory / CONFIG_NAME}: activation {config.get('activation')!r} is not supported; only {ACTIVATION} is")
     scales, base, parameters = config.get("scales"), config.get("base"), config.get("parameters", [])
-    if not isinstance(scales, dict) or not scales or not all(_is_number(s) for s in scales.values()):
+    if not isinstance(scales, dict) or not scales or not all(is_number(s) for s in scales.values()):
         raise CaloraError(f"{directory / CONFIG_NAME} lacks the scales of its modules; the file is damaged")
     if not isinstance(base, dict) or not isinstance(parameters, list):
         raise CaloraError(f"{directory / CONFIG_NAME} lacks the base that it belongs to; the file is damaged")
@@ -131,7 +130,3 @@ def compare_bases(trained_on: dict, model: dict) -> str | None:
 
 def _name(quantization: object) -> str:
     return "a compressed model" if isinstance(quantization, dict) else "a dense model"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
