@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .errors import CaloraError
-from .io.batches import IGNORED, Batch, Sample, collate, token_stream, tokenize
-from .io.data import Record
+from .io.batches import IGNORED, Batch, Sample, collate, token_stream
 
 LONGEST_DEFAULT_WINDOW = 2048  # the usual one in the literature; a 128k context would need 60 GB of logits
 
@@ -29,7 +28,7 @@ class Perplexity(float):
     window: int
 
     def __new__(cls, loss: float, tokens: int, window: int) -> Perplexity:
-        self = super().__new__(cls, math.exp(loss) if loss < 700 else math.inf)
+        self = super().__new__(cls, perplexity_of(loss))
         self.loss, self.tokens, self.window = loss, tokens, window
         return self
 
@@ -38,6 +37,11 @@ class Perplexity(float):
 
     def to_dict(self) -> dict:
         return {"perplexity": float(self), "loss": self.loss, "tokens": self.tokens, "window": self.window}
+
+
+def perplexity_of(loss: float) -> float:
+    """exp of a loss in nats; infinite beyond what a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 @dataclass(frozen=True)
@@ -99,17 +103,8 @@ def context_of(model: nn.Module) -> int | None:
     return None
 
 
-def accuracy(model: nn.Module, tokenizer, records: list[Record], max_length: int | None = None, batch_size: int = 16) -> float:
-    """Share of labelled records (``io.data.read_records``) that a sequence-classification model gets right; negative labels are left out."""
-    config = model.config
-    samples, _ = tokenize(
-        records, tokenizer, "sequence-classification", window_of(model, max_length), config.label2id, config.num_labels
-    )
-    return accuracy_of(model, samples, pad_id_of(model, tokenizer), batch_size)
-
-
-def accuracy_of(model: nn.Module, samples: list[Sample], pad_id: int, batch_size: int = 16) -> float:
-    """``accuracy`` of samples that are tokenised already."""
+def accuracy(model: nn.Module, samples: list[Sample], pad_id: int, batch_size: int = 16) -> float:
+    """Share of samples (``io.batches.tokenize``) that a sequence-classification model gets right."""
     right = 0
     with evaluating(model), torch.inference_mode():
         for batch in batches(samples, pad_id, batch_size):

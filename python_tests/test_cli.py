@@ -1,5 +1,6 @@
 """The calora command as a user meets it: what it prints, writes, refuses, and with which exit code."""
 
+import dataclasses
 import json
 import math
 import resource
@@ -155,6 +156,19 @@ def test_eval(calora, world):
     assert with_lora["loss"] != done.json["loss"]
 
 
+def test_eval_of_prompts_with_completions(calora, world, tmp_path):
+    rows = [{"prompt": "the cat", "completion": " sat on the mat ."}, {"prompt": "the dog", "completion": " ran ."}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.txt").write_text("".join(r["prompt"] + r["completion"] for r in rows[:1]))
+    done = calora("eval", world / "small", "--data", tmp_path / "rows.jsonl", "--against", world / "dense")
+    assert done.json["samples"] == 2 and done.json["perplexity"] == pytest.approx(math.exp(done.json["loss"]))
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    one = [calora("eval", world / "small", "--data", tmp_path / name, "--against", world / "dense").json for name in ("rows.jsonl", "rows.txt")]
+    assert one[0]["kl"] == pytest.approx(one[1]["kl"])  # of the whole text, not of the prompt alone
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"text": "the cat", "text_pair": "the dog"}))
+    refused(calora("eval", world / "small", "--data", tmp_path / "pairs.jsonl"), "pairs")
+
+
 def test_eval_refuses(calora, world, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     refused(calora("eval", world / "small", "--data", tmp_path / "empty.txt"), "holds no text")
@@ -240,6 +254,40 @@ def test_arms_of_adapt(calora, world, tmp_path, options, arm):
 def test_adapt_refuses(calora, world, tmp_path, options, words):
     refused(calora("adapt", world / "small", "--data", world / "train.txt", "-o", tmp_path / "a", "--steps", 1, *options), *words)
     assert not list(tmp_path.iterdir())
+
+
+def test_options_of_adapt_win_over_the_preset_and_leave_the_rest_of_it():
+    from calora_ext.adaptation import TAUGHT_LOGITS
+    from calora_ext.cli.adapt import _arguments
+
+    published = cx.adaptation.preset("llama-13b")
+    chosen = _arguments(True, None, None, 8, 32, True, None, "llama-13b")
+    assert chosen["lora"] == dataclasses.replace(published["lora"], rank=8) and chosen["recovery"] == dataclasses.replace(published["recovery"], rank=32)
+    assert chosen["distill"] == published["distill"] and chosen["task"] == "causal-lm"
+    assert _arguments(True, None, None, None, None, True, None, "t5-3b")["task"] == "seq2seq-lm"
+    asked = _arguments(True, None, None, None, None, True, "hidden,logits", None)["distill"]
+    assert asked.logits == TAUGHT_LOGITS and asked.hidden == {-1: 0.05}
+
+
+def test_the_teacher_is_gone_once_its_targets_are_cached(calora, world, tmp_path, monkeypatch):
+    teachers, adapt = [], cx.adapt
+    monkeypatch.setattr(cx, "adapt", lambda *a, **k: teachers.append(k["teacher"]) or adapt(*a, **k))
+    command = ("adapt", world / "small", "--inherit", world / "lora", "--data", world / "train.txt", "--steps", 1, "--batch-size", 2,
+               "--max-length", 16, "--cache-teacher", tmp_path / "cache")  # fmt: skip
+    first = calora(*command, "--teacher", world / "teacher", "-o", tmp_path / "a")
+    again = calora(*command, "-o", tmp_path / "b")
+    assert first.json["arm"] == "i-rc-d" and first.json["history"] == again.json["history"] and teachers == [None, None]
+
+
+def test_inputs_in_the_output_directory_are_kept(calora, world, tmp_path):
+    import shutil
+
+    out = tmp_path / "out"
+    shutil.copytree(world / "lora", out)
+    shutil.copy(world / "train.txt", out)
+    refused(calora("adapt", world / "small", "--data", out / "train.txt", "-o", out, "--overwrite"), "holds an input")
+    refused(calora("compress", world / "dense", "--calibration", out / "train.txt", "-o", out, "--overwrite"), "holds an input")
+    assert (out / "train.txt").exists()
 
 
 def test_resume(calora, world, tmp_path):

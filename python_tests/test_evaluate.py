@@ -51,7 +51,8 @@ def test_accuracy(make):
     for record in records[:-1]:
         with torch.no_grad():
             right += model(torch.tensor([tokenizer(record.text)["input_ids"]])).logits.argmax().item() == record.label
-    assert accuracy(model, tokenizer, records, batch_size=4) == right / 21
+    samples, _ = tokenize(records, tokenizer, "sequence-classification", 64, model.config.label2id, model.config.num_labels)
+    assert accuracy(model, samples, tokenizer.pad_token_id, batch_size=4) == right / 21
 
 
 def test_divergence():

@@ -5,10 +5,10 @@ student    branches put on the model           teacher, cache   the targets     
 loop       AdamW over a function of the step   checkpoint       to go on bit for bit presets   published settings
 """
 
-from .config import Distill, Lora, Recovery
+from .config import TAUGHT_LOGITS, Distill, Lora, Recovery
 from .presets import PRESETS, preset
 from .result import AdaptResult
 from .run import adapt, cache_teacher
 from .settings import Settings
 
-__all__ = ["PRESETS", "AdaptResult", "Distill", "Lora", "Recovery", "Settings", "adapt", "cache_teacher", "preset"]
+__all__ = ["PRESETS", "TAUGHT_LOGITS", "AdaptResult", "Distill", "Lora", "Recovery", "Settings", "adapt", "cache_teacher", "preset"]

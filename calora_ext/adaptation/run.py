@@ -14,7 +14,7 @@ from torch import nn
 
 from ..adapters import active_adapters, delete_adapter, list_adapters, set_adapter
 from ..errors import CaloraError
-from ..evaluate import accuracy_of, context_of, mean_loss, pad_id_of, window_of
+from ..evaluate import accuracy, context_of, mean_loss, pad_id_of, window_of
 from ..io.batches import Sample, sample_key, task_name, tokenize
 from ..io.data import read_records
 from . import cache, student
@@ -221,7 +221,7 @@ def _evaluate(model, samples, task, pad_id, settings) -> dict | None:
     size = settings.per_device_eval_batch_size
     found = {"loss": mean_loss(model, samples, task, pad_id, size)}
     if task == "sequence-classification":
-        found["accuracy"] = accuracy_of(model, samples, pad_id, size)
+        found["accuracy"] = accuracy(model, samples, pad_id, size)
     return found
 
 

@@ -44,13 +44,13 @@ def adapt(
     lora_rank: Annotated[
         int | None, typer.Option(help="Rank of the LoRA; larger than an inherited one enlarges it; 0 trains recovery alone.  [default: inherited, or 16]")
     ] = None,
-    recovery_rank: Annotated[int, typer.Option(min=1, help="Rank of the recovery modules.")] = 32,
+    recovery_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the recovery modules.  [default: 32]")] = None,
     recovery: Annotated[bool, typer.Option(help="Train recovery modules beside the LoRA.")] = True,
     distill: Annotated[
-        str | None, typer.Option(help="What to learn from the teacher: hidden, logits, or hidden,logits; none.  [default: hidden with a teacher]")
+        str | None, typer.Option(help="What to learn from the teacher: hidden, logits, hidden,logits or none.  [default: hidden, and logits of a teacher with --inherit]")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Published settings: t5-3b, llama-13b or llama-2-13b; other options win over it.")] = None,
-    task: Task = "causal-lm",
+    task: Task = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.  [default: one pass over the data]")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 1e-3]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step.  [default: 8]")] = None,
@@ -68,9 +68,11 @@ def adapt(
     json_file: Json = None,
 ) -> None:
     """Train an adapter on a compressed model: inherited LoRA, recovery modules, distillation from the dense model."""
-    with output_directory(output, overwrite, keep=[p for p in (model, teacher, inherit) if p]) as directory:
+    inputs = (model, data, teacher, inherit, eval_data, cache_teacher)
+    with output_directory(output, overwrite, keep=[p for p in inputs if p]) as directory:
         from .. import adapt as train
         from .. import load, save_adapter
+        from ..adaptation import cache_teacher as write_cache
         from ..integrations import directories
 
         checkpoints = output.resolve().with_name(f"{output.resolve().name}.checkpoints")
@@ -78,12 +80,18 @@ def adapt(
             teacher is not None or cache_teacher is not None, inherit, init, lora_rank, recovery_rank, recovery, distill, preset
         )
         arguments["args"] = _settings(arguments.get("args"), steps, lr, batch_size, seed, checkpoints, resume)
+        arguments["task"] = task or arguments.get("task", "causal-lm")
+        samples = {"data": data, "max_length": max_length, "text_column": text_column, "pair_column": pair_column, "label_column": label_column}
+        distilled = arguments.get("distill", True) is not None
+        if distilled and cache_teacher is not None and teacher is not None and not cache_teacher.exists():
+            # Before the student is opened: the two are never in memory together.
+            known = {name: arguments[name] for name in ("inherit", "distill", "task") if name in arguments}
+            write_cache(cache_teacher, load(teacher), tokenizer=directories.open_tokenizer(model), **samples, **known)
+            teacher = None
         student, tokenizer = directories.open_model(model)
         result = train(
-            student,
-            data=data, tokenizer=tokenizer, teacher=load(teacher) if teacher else None, teacher_cache=cache_teacher, task=task,
-            eval_data=eval_data, max_length=max_length, text_column=text_column, pair_column=pair_column,
-            label_column=label_column, adapter_name=directories.ADAPTER, **arguments,
+            student, tokenizer=tokenizer, teacher=load(teacher) if teacher else None, teacher_cache=cache_teacher,
+            eval_data=eval_data, adapter_name=directories.ADAPTER, **samples, **arguments,
         )  # fmt: skip
         save_adapter(student, directories.ADAPTER, directory)
         tokenizer.save_pretrained(directory)
@@ -96,7 +104,7 @@ def adapt(
 
 def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery, distill, preset) -> dict:
     """Keyword arguments of ``cx.adapt`` that say what is trained and against what."""
-    from ..adaptation import Distill, Lora, Recovery
+    from ..adaptation import TAUGHT_LOGITS, Distill, Lora, Recovery
     from ..adaptation import preset as published
 
     if init not in (None, "inherit", "random"):
@@ -104,23 +112,22 @@ def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery, dis
     if init == "inherit" and inherit is None:
         raise CaloraError("--init inherit needs --inherit with the LoRA of the dense model")
     arguments = published(preset) if preset else {}
-    arguments.pop("task", None)
     arguments["inherit"] = None if init == "random" else inherit
     if lora_rank is not None:
-        arguments["lora"] = Lora(rank=lora_rank) if lora_rank else False
+        arguments["lora"] = dataclasses.replace(arguments.get("lora", Lora()), rank=lora_rank) if lora_rank else False
     elif inherit is not None and init != "random":
         arguments["lora"] = None
     if not recovery:
         arguments["recovery"] = None
-    elif not preset or recovery_rank != 32:
-        arguments["recovery"] = Recovery(rank=recovery_rank)
+    elif recovery_rank is not None:
+        arguments["recovery"] = dataclasses.replace(arguments.get("recovery", Recovery()), rank=recovery_rank)
     if distill == "none" or (distill is None and not distilled):
         arguments["distill"] = None
     elif distill is not None:
         wanted = {part.strip() for part in distill.split(",")}
         if not wanted or wanted - {"hidden", "logits"}:
             raise CaloraError(f"--distill is hidden, logits, hidden,logits or none, got {distill!r}")
-        arguments["distill"] = Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=float("logits" in wanted))
+        arguments["distill"] = Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=TAUGHT_LOGITS if "logits" in wanted else 0.0)
     return arguments
 
 

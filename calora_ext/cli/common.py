@@ -29,7 +29,7 @@ def _json_target(path: Path | None) -> Path | None:
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory.")]
 Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory: a PEFT LoRA, or one from `calora adapt`.")]
 Data = Annotated[Path, typer.Option(metavar="FILE", help="Text to use: .txt, .jsonl or .tsv, each also .gz.")]
-Task = Annotated[str, typer.Option(help="causal-lm, seq2seq-lm or sequence-classification.")]
+Task = Annotated[str | None, typer.Option(help="causal-lm, seq2seq-lm or sequence-classification.  [default: causal-lm]")]
 MaxLength = Annotated[int | None, typer.Option(help="Tokens per text or window.  [default: the model's context, capped]")]
 TextColumn = Annotated[str | None, typer.Option(help="Column of the text in .jsonl and .tsv.")]
 PairColumn = Annotated[str | None, typer.Option(help="Column of the second text.")]

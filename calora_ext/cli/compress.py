@@ -66,7 +66,7 @@ def compress(
         weights=weights, group_size=group_size, symmetric=symmetric, rounding=rounding, sparsity=sparsity, pruner=pruner,
         rates=rates, activations=activations, lm_head=lm_head, embeddings=embeddings, skip=skip,
     )  # fmt: skip
-    with output_directory(output, overwrite, keep=(model,)) as directory:
+    with output_directory(output, overwrite, keep=[p for p in (model, calibration) if p]) as directory:
         from .. import compress as compress_model
         from .. import load
         from ..integrations import directories

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ def evaluate(
     model: Model,
     data: Data,
     adapter: Adapter = None,
-    task: Task = "causal-lm",
+    task: Task = None,
     against: Annotated[
         Path | None, typer.Option(metavar="DENSE", help="Also measure KL and top-1 agreement with this model, on the same text.")
     ] = None,
@@ -36,7 +35,7 @@ def evaluate(
     from ..io.batches import task_name
     from ..io.data import read_records
 
-    task = task_name(task)
+    task = task_name(task or "causal-lm")
     if against is not None and task != "causal-lm":
         raise CaloraError("--against compares causal language models; leave it out for other tasks")
     records = read_records(data, text_column, pair_column, label_column)
@@ -45,25 +44,22 @@ def evaluate(
     measured = _measure(loaded, tokenizer, records, task, max_length)
     if against is not None:
         reference, _ = directories.open_model(against)
-        far = divergence(loaded, reference, tokenizer, [r.text for r in records], max_length)
+        far = divergence(loaded, reference, tokenizer, [r.text + (r.completion or "") for r in records], max_length)
         measured |= {"kl": far.kl, "top1_agreement": far.top1_agreement}
     rows = [(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else value) for name, value in measured.items()]
     emit(("measured", "value"), rows, {**result, **measured}, json_file)
 
 
 def _measure(model, tokenizer, records, task: str, max_length: int | None) -> dict:
-    from ..evaluate import accuracy, mean_loss, pad_id_of, perplexity, window_of
+    from ..evaluate import accuracy, mean_loss, pad_id_of, perplexity, perplexity_of, window_of
     from ..io.batches import tokenize
 
-    if task == "sequence-classification":
-        return {"accuracy": accuracy(model, tokenizer, records, max_length), "texts": sum(_is_labelled(r) for r in records)}
-    if task == "causal-lm" and records[0].completion is None:
+    if task == "causal-lm" and all(r.completion is None and r.pair is None for r in records):
         return perplexity(model, tokenizer, [r.text for r in records], max_length).to_dict()
-    samples, _ = tokenize(records, tokenizer, task, window_of(model, max_length))
-    loss = mean_loss(model, samples, task, pad_id_of(model, tokenizer))
-    return {"perplexity": math.exp(loss), "loss": loss, "samples": len(samples)}
-
-
-def _is_labelled(record) -> bool:
-    """Whether a record counts: GLUE marks "no label" by a negative one."""
-    return not str(record.label).startswith("-")
+    labels = (model.config.label2id, model.config.num_labels) if task == "sequence-classification" else ()
+    samples, _ = tokenize(records, tokenizer, task, window_of(model, max_length), *labels)
+    pad_id = pad_id_of(model, tokenizer)
+    if task == "sequence-classification":
+        return {"accuracy": accuracy(model, samples, pad_id), "texts": len(samples)}
+    loss = mean_loss(model, samples, task, pad_id)
+    return {"perplexity": perplexity_of(loss), "loss": loss, "samples": len(samples)}
