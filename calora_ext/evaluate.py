@@ -186,6 +186,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def check_ids(model: nn.Module, ids: Tensor) -> None:
+    """Raises CaloraError for token ids that the model has no embedding for: the tokenizer is another model's."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and ids.numel() and int(ids.max()) >= known:
+        raise CaloraError(f"the tokenizer gives token {int(ids.max())}, the model knows {known}; it belongs to another model")
+
+
 def _forward(model: nn.Module, inputs: Batch, **options):
+    check_ids(model, inputs["input_ids"])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False, **options)

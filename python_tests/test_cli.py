@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapt_helpers import make_llama, make_lora, make_tokenizer, text_of
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import calora_ext as cx
+from calora_ext.adapters import add_adapter
 from calora_ext.cli import main
 from calora_ext.cli.common import output_directory, write_text
+from calora_ext.lowrank import Factors
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +188,22 @@ def test_generate(calora, world):
     assert done.json["text"].strip() in done.out and calora(*arguments).json["text"] == done.json["text"]
     adapted = calora(*arguments, "--adapter", world / "lora")
     assert adapted.code == 0
+    refused_usage = calora(*arguments, "--seed", -1, with_json=False)
+    assert refused_usage.code == 2 and "--seed" in refused_usage.err
     long = "the " * 70
     refused(calora("generate", world / "small", "--prompt", long), "context of 64")
+
+
+def test_the_tokenizer_of_another_model(calora, world, tmp_path):
+    import shutil
+
+    shutil.copytree(world / "small", tmp_path / "mixed")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(tmp_path / "mixed")
+    (tmp_path / "x.txt").write_text("the cat unheard of")
+    for command in (("generate", "--prompt", "unheard"), ("eval", "--data", tmp_path / "x.txt")):
+        refused(calora(command[0], tmp_path / "mixed", *command[1:]), "belongs to another model")
 
 
 def test_chat_needs_a_template(calora, world):
@@ -335,6 +352,27 @@ def test_inspect(calora, world, tmp_path):
     (copy / "model.safetensors").write_bytes(data[:-1])
     refused(calora("inspect", copy), "cut short")
     refused(calora("inspect", world / "dense", "--verify"), "no hashes")
+    data[-2:] = b"\xff\x7f"  # a scale
+    (copy / "model.safetensors").write_bytes(data)
+    refused(calora("inspect", copy), "not finite")
+
+
+def test_inspect_and_info_of_adapters(calora, world, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(world / "lora", copy)
+    assert len(calora("inspect", copy).json) == len(load_file(copy / "adapter_model.safetensors"))
+    refused(calora("inspect", copy, "--verify"), "no hashes")
+    refused(calora("inspect", tmp_path), "neither a model nor an adapter")
+    (copy / "adapter_config.json").unlink()
+    refused(calora("inspect", copy), "adapter_config.json")
+    model = cx.load(world / "small")
+    path = "model.layers.0.mlp.up_proj"
+    add_adapter(model, "r", recovery={path: Factors(torch.zeros(2, 32), torch.zeros(64, 2), 1.0)})
+    cx.save_adapter(model, "r", tmp_path / "recovery")
+    assert calora("info", tmp_path / "recovery").json["kind"] == "adapter with recovery modules"
+    assert len(calora("inspect", tmp_path / "recovery").json) == 2
 
 
 def test_bench(calora):
@@ -343,6 +381,7 @@ def test_bench(calora):
     assert {row["rank"] for row in ours} == {0, 4} and all(row["seconds"] > 0 for row in done.json)
     assert any(row["peer"] == "torch fp32" for row in done.json) and "96x64" in done.out
     refused(calora("bench", "--shapes", "96"), "OUTxIN")
+    refused(calora("bench", "--shapes", "96x200000"), "131072")
     refused(calora("bench", "--shapes", "96x64", "--isa", "z80"), "z80")
 
 

@@ -11,6 +11,8 @@ import typer
 from ..errors import CaloraError
 from .common import Json, emit
 
+LARGEST = 131072  # what the operators take
+
 
 def register(app: typer.Typer) -> None:
     app.command()(bench)
@@ -55,7 +57,10 @@ def _shapes(model: Path | None, shapes: str | None) -> list[tuple[int, int]]:
     found = [re.fullmatch(r"\s*(\d+)x(\d+)\s*", pair) for pair in pairs]
     if not all(found) or any(int(n) < 1 for match in found for n in match.groups()):
         raise CaloraError(f"--shapes is OUTxIN, several separated by commas, got {shapes!r}")
-    return [(int(match[1]), int(match[2])) for match in found]
+    sizes = [(int(match[1]), int(match[2])) for match in found]
+    if any(max(size) > LARGEST for size in sizes):
+        raise CaloraError(f"--shapes goes up to {LARGEST}x{LARGEST}, got {shapes!r}")
+    return sizes
 
 
 def _shapes_of(model: Path) -> list[tuple[int, int]]:
@@ -63,6 +68,7 @@ def _shapes_of(model: Path) -> list[tuple[int, int]]:
     from torch import nn
 
     from .. import load
+    from ..policy import features, is_conv1d
 
-    layers = [m for m in load(model).modules() if isinstance(m, nn.Linear)]
-    return list(dict.fromkeys((layer.out_features, layer.in_features) for layer in layers))
+    layers = [m for m in load(model).modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
+    return list(dict.fromkeys(features(layer)[::-1] for layer in layers))

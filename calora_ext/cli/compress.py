@@ -122,6 +122,8 @@ def inspect(
     if not directory.is_dir():
         raise CaloraError(f"{directory} is not a directory; name a model or adapter directory")
     if verify:
+        if not (directory / checkpoint.CONFIG).is_file():
+            raise CaloraError(f"{directory} records no hashes; only models saved by calora_ext can be verified")
         states = checkpoint.verify(directory)
         emit(("file", "state"), list(states.items()), states, json_file)
         bad = [name for name, state in states.items() if state != "ok"]
@@ -133,9 +135,22 @@ def inspect(
 
 
 def _contents(directory: Path) -> tuple[list[tuple], list[dict]]:
-    from ..io import checkpoint
+    from ..io import checkpoint, peft_adapter, recovery
 
-    paths = checkpoint.shard_paths(directory) if (directory / "config.json").is_file() else sorted(directory.glob("*.safetensors"))
+    if (directory / checkpoint.CONFIG).is_file():
+        paths = checkpoint.shard_paths(directory)
+        if checkpoint.read_json(directory / checkpoint.CONFIG).get("quantization_config"):
+            from .. import load
+
+            load(directory)  # maps the packed tensors, and refuses what does not fit together
+    else:
+        halves = [(peft_adapter, peft_adapter.read_adapter), (recovery, recovery.read_recovery)]
+        there = [(half, read) for half, read in halves if (directory / half.CONFIG_NAME).is_file() or (directory / half.WEIGHTS_NAME).is_file()]
+        if not there:
+            raise CaloraError(f"{directory} is neither a model nor an adapter directory; name one that holds config.json or adapter_config.json")
+        for _, read in there:
+            read(directory)
+        paths = [directory / half.WEIGHTS_NAME for half, _ in there]
     tensors = [
         {"name": name, "dtype": header.tensors[name].dtype, "shape": list(header.tensors[name].shape),
          "bytes": header.tensors[name].end - header.tensors[name].begin, "file": header.path.name}

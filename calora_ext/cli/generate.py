@@ -13,7 +13,7 @@ from .common import Adapter, Json, Model, emit
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(min=0, help="Randomness; 0 takes the likeliest token.  [default: the model's]")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="Sample among the likeliest tokens of this total probability.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Makes sampling repeatable.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -59,6 +59,8 @@ def directory_facts(directory: Path) -> dict[str, object]:
         return _model_facts(directory, read_json(directory / "config.json"))
     if (directory / "adapter_config.json").is_file():
         return _adapter_facts(directory, read_json(directory / "adapter_config.json"))
+    if (directory / "recovery_config.json").is_file():  # recovery modules alone
+        return _adapter_facts(directory, {})
     raise CaloraError(f"{directory} holds neither config.json nor adapter_config.json; name a model or adapter directory")
 
 
@@ -69,6 +71,8 @@ def _model_facts(directory: Path, config: dict) -> dict[str, object]:
     headers = checkpoint.read_headers(checkpoint.shard_paths(directory))
     stored = [(name, header.tensors[name]) for name, header in headers.items()]
     recipe = config.get("quantization_config")
+    if not isinstance(recipe, dict | None):
+        raise CaloraError(f"{directory / 'config.json'} is damaged: its quantization_config is not an object; copy it again")
     kept = {f.name for f in dataclasses.fields(Recipe)}
     return {
         "kind": "dense model" if recipe is None else f"compressed model ({recipe.get('quant_method')})",

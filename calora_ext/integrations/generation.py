@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TextStreamer, set_seed
 
 from ..errors import CaloraError
+from ..evaluate import check_ids
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def generate(
     if not hasattr(model, "generate") or not getattr(model, "can_generate", bool)():
         raise CaloraError(f"a {type(model).__name__} does not generate text; evaluate it with `calora eval`")
     inputs = _encode(tokenizer, prompt)
+    check_ids(model, inputs["input_ids"])
     length = inputs["input_ids"].shape[1]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     room = max_new_tokens if context is None or model.config.is_encoder_decoder else min(max_new_tokens, context - length)
