@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from .errors import CaloraError
 from .io.batches import IGNORED, Batch, Sample, collate, token_stream
+from .progress import progress
 
 LONGEST_DEFAULT_WINDOW = 2048  # the usual one in the literature; a 128k context would need 60 GB of logits
 
@@ -64,7 +65,7 @@ def perplexity(model: nn.Module, tokenizer, text: str | list[str] | Tensor, max_
     window = window_of(model, max_length)
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():
-        for blocks in _windows(ids, window):
+        for blocks in progress(list(_windows(ids, window)), "Evaluating", "batch"):
             logits = _forward(model, {"input_ids": blocks}).logits[:, :-1].float()
             total += cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten().to(logits.device), reduction="sum").item()
             tokens += blocks[:, 1:].numel()
@@ -120,7 +121,7 @@ def divergence(
     ids = text if isinstance(text, Tensor) else token_stream([text] if isinstance(text, str) else list(text), tokenizer)
     kl, same, positions = 0.0, 0, 0
     with evaluating(model), evaluating(reference), torch.inference_mode():
-        for blocks in _windows(ids, window_of(model, max_length)):
+        for blocks in progress(list(_windows(ids, window_of(model, max_length))), "Comparing", "batch"):
             p = _forward(reference, {"input_ids": blocks}).logits.float().log_softmax(-1).cpu()
             q = _forward(model, {"input_ids": blocks}).logits.float().log_softmax(-1).cpu()
             if p.shape != q.shape:
@@ -161,7 +162,7 @@ def task_loss(model: nn.Module, batch: Batch, task: str, **options) -> tuple[Ten
 
 
 def batches(samples: list[Sample], pad_id: int, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(samples), batch_size):
+    for start in progress(range(0, len(samples), batch_size), "Evaluating", "batch"):
         yield collate(samples[start : start + batch_size], pad_id)
 
 

@@ -55,6 +55,17 @@ def test_accuracy(make):
     assert accuracy(model, samples, tokenizer.pad_token_id, batch_size=4) == right / 21
 
 
+def test_long_evaluations_show_a_bar(monkeypatch, capsys):
+    model, tokenizer, text = make_llama(), make_tokenizer(), text_of(3000)
+    monkeypatch.setattr("calora_ext.progress.BAR_AFTER", 0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    perplexity(model, tokenizer, text)
+    assert "Evaluating" in capsys.readouterr().err
+    monkeypatch.setattr("calora_ext.progress.BAR_AFTER", 60)
+    perplexity(model, tokenizer, text)
+    assert not capsys.readouterr().err
+
+
 def test_divergence():
     model, other, tokenizer, text = make_llama(), make_llama(1), make_tokenizer(), text_of(150)
     same = divergence(model, model, tokenizer, text)

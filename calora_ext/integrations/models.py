@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import tqdm  # heeds HF_HUB_DISABLE_PROGRESS_BARS
 from torch import nn
 
 from ..adapters import list_adapters
@@ -22,9 +21,8 @@ from ..errors import CaloraError
 from ..io import checkpoint
 from ..linear import CompressedLinear
 from ..policy import Coverage, plan
+from ..progress import progress
 from ..recipe import ACTIVATIONS, Recipe
-
-BAR_AFTER = 2.0  # seconds without a progress bar
 
 
 def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequence | None = None, tokenizer: Any = None) -> Report:
@@ -48,7 +46,7 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
     if not coverage.formats:
         raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
     batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
-    with tqdm(total=len(coverage.formats), desc="Compressing", unit="layer", delay=BAR_AFTER) as bar:
+    with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
         errors = apply(model, coverage, recipe.activations, batches, lambda: bar.update())
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
