@@ -50,6 +50,8 @@ class CompressedEmbedding(nn.Embedding):
 
     def __init__(self, num_embeddings: int, embedding_dim: int, fmt: WeightFormat, padding_idx=None, dtype=None, device=None) -> None:
         nn.Module.__init__(self)  # not nn.Embedding's: there is no dense weight
+        if fmt.sparse:
+            raise CaloraError(f"embeddings are gathered row by row and cannot be stored as {fmt}; choose a dense format")
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
         self.scale_grad_by_freq = self.sparse = False

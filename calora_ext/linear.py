@@ -77,20 +77,25 @@ class CompressedLinear(nn.Linear):
             self.register_parameter("bias", None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, fmt: WeightFormat | Recipe, packed: dict[str, Tensor] | None = None) -> CompressedLinear:
+    def from_linear(cls, linear: nn.Module, fmt: WeightFormat | Recipe, packed: dict[str, Tensor] | None = None,
+                    mask: Tensor | None = None) -> CompressedLinear:  # fmt: skip
         """Pack an nn.Linear, or transformers' Conv1D (transposed once, here). packed: tensors already chosen for it.
 
-        Raises CaloraError for another kind of module, or for weights that are not finite.
+        mask: (out_features, in_features) bool, the weights that a sparse format keeps; without it a recipe's pruner chooses,
+        and a format keeps those that are not 0. Raises CaloraError for another kind of module, for weights that are not
+        finite, or for a mask that the format cannot hold.
         """
         if isinstance(fmt, Recipe):
             recipe = fmt.resolve(calibrated=False)
-            layer = cls.from_linear(linear, recipe.format(), packed)
+            if packed is None and mask is None:
+                mask = recipe.mask(dense_weight(linear))
+            layer = cls.from_linear(linear, recipe.format(), packed, mask)
             layer.activations = recipe.activations
             return layer
         weight = dense_weight(linear)
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, linear.bias is not None, fmt, weight.dtype, "meta")
-        packed = fmt.pack(weight) if packed is None else packed
+        packed = fmt.pack(weight, mask) if packed is None else packed
         fmt.check(packed, in_features, out_features)
         for name, tensor in packed.items():
             setattr(layer, name, tensor)

@@ -6,11 +6,17 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from torch import Tensor
+
 from .errors import CaloraError
 from .formats import LAYOUT_VERSION, WeightFormat
 from .formats.values import VALUES
+from .pruning import magnitude
 
-DEFAULT_GROUP = 64
+DEFAULT_GROUP, DEFAULT_SPARSE_GROUP = 64, 128
+PATTERNS = ("2:4",)
+PRUNERS = ("magnitude",)
+LATER = {"pruner": ("wanda", "sparsegpt"), "rates": ("rmi", "owl", "arithmetic")}
 ROUNDINGS = ("rtn", "gptq")
 ACTIVATIONS = ("int8", "exact")
 
@@ -20,11 +26,14 @@ class Recipe:
     """How a model is compressed. Raises :class:`CaloraError` for a value, or a combination, without meaning.
 
     weights: how a kept weight is stored: ``"int4"``, ``"int8"`` (one scale per row) or ``"bf16"``.
-    group_size: columns that share an int4 scale, a multiple of 32, or -1 for one scale per row; default 64.
-    symmetric: False stores a zero point per int4 group.
+    group_size: columns that share an int4 scale, a multiple of 32, or -1 for one scale per row; default 64, sparse 128.
+    symmetric: False stores a zero point per int4 group of a dense weight.
     rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data); default gptq when
     calibration data is given, rtn otherwise.
-    sparsity, pruner, rates: reserved for sparse weights, which this version does not have.
+    sparsity: which weights of the linear layers are kept: ``"2:4"``, two of every four along a row; None keeps all. The head
+    and the embeddings stay dense.
+    pruner: what chooses them: ``"magnitude"``, the default, keeps the largest.
+    rates: ``"uniform"``: every layer is equally sparse.
     activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
     lm_head: how the output head is stored where it is not tied to the input embeddings; None keeps it dense.
     embeddings: how the input embeddings are stored (a tied head shares them); None keeps them dense.
@@ -44,11 +53,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.sparsity is None and self.pruner is not None:
-            raise CaloraError(f"pruner={self.pruner!r} has no meaning without sparsity; leave pruner out")
-        for name, default in (("sparsity", None), ("pruner", None), ("rates", "uniform")):
-            if getattr(self, name) != default:
-                raise CaloraError(f"{name}={getattr(self, name)!r} is not in this version; weights are dense, leave {name} out")
+        self._check_sparsity()
         for name in ("weights", "lm_head", "embeddings"):
             self._check_weights(name, getattr(self, name))
         if not isinstance(self.symmetric, bool):
@@ -60,7 +65,28 @@ class Recipe:
                 raise CaloraError("rounding='gptq' has no meaning for bf16 weights; use rounding='rtn'")
         _choose("activations", self.activations, ACTIVATIONS)
         self._settle_skip()
-        WeightFormat(self.weights, self.group_size, self.symmetric)  # its own checks
+        self.format()  # its own checks
+
+    def _check_sparsity(self) -> None:
+        if self.sparsity is None and self.pruner is not None:
+            raise CaloraError(f"pruner={self.pruner!r} has no meaning without sparsity; leave pruner out")
+        for name, later in LATER.items():
+            value = getattr(self, name)
+            if isinstance(value, dict) or value in later:
+                raise CaloraError(f"{name}={value!r} is not in this version; leave {name} out")
+        _choose("rates", self.rates, ("uniform",))
+        if self.sparsity is None:
+            return
+        if self.pruner is not None:
+            _choose("pruner", self.pruner, PRUNERS)
+        if isinstance(self.sparsity, str):
+            _choose("sparsity", self.sparsity, PATTERNS)
+        else:
+            raise CaloraError(f"sparsity={self.sparsity!r} is not in this version; use '2:4'")
+        if self.symmetric is False:
+            raise CaloraError("symmetric=False has no meaning for sparse weights, which have no zero points; leave it out")
+        if self.rounding == "gptq":
+            raise CaloraError("rounding='gptq' does not know sparse weights; use rounding='rtn'")
 
     def _check_weights(self, field: str, name: Any) -> None:
         if name is None and field != "weights":
@@ -72,7 +98,8 @@ class Recipe:
     def _settle_group_size(self) -> None:
         grouped = VALUES[self.weights].grouped
         if self.group_size is None:
-            object.__setattr__(self, "group_size", DEFAULT_GROUP if grouped else -1)
+            default = DEFAULT_GROUP if self.sparsity is None else DEFAULT_SPARSE_GROUP
+            object.__setattr__(self, "group_size", default if grouped else -1)
         elif isinstance(self.group_size, bool) or not isinstance(self.group_size, int):
             raise CaloraError(f"group_size must be a whole number, got {self.group_size!r}")
         elif not grouped and self.group_size != -1:
@@ -89,7 +116,11 @@ class Recipe:
         object.__setattr__(self, "skip", tuple(self.skip))
 
     def resolve(self, calibrated: bool) -> Recipe:
-        """This recipe with ``rounding`` decided. Raises CaloraError for gptq without calibration data."""
+        """This recipe with ``rounding`` and ``pruner`` decided. Raises CaloraError for gptq without calibration data."""
+        if self.sparsity is not None:
+            if calibrated:
+                raise CaloraError("pruning by calibration data is not in this version; leave calibration out, or sparsity")
+            return replace(self, rounding="rtn", pruner=self.pruner or "magnitude")
         if self.rounding is None:
             return replace(self, rounding="gptq" if calibrated and self.weights != "bf16" else "rtn")
         if self.rounding == "gptq" and not calibrated:
@@ -99,13 +130,18 @@ class Recipe:
     def format(self, role: str = "linear") -> WeightFormat | None:
         """The weight format of a ``"linear"``, the ``"lm_head"`` or the ``"embeddings"``; None: it stays dense."""
         if role == "linear":
-            return WeightFormat(self.weights, self.group_size, self.symmetric)
+            pattern = "dense" if self.sparsity is None else self.sparsity
+            return WeightFormat(self.weights, self.group_size, self.symmetric, pattern)
         values = self.lm_head if role == "lm_head" else self.embeddings
         if values is None:
             return None
         if not VALUES[values].grouped:
             return WeightFormat(values)
         return WeightFormat(values, self.group_size if VALUES[self.weights].grouped else DEFAULT_GROUP, self.symmetric)
+
+    def mask(self, weight: Tensor) -> Tensor | None:
+        """The weights (out, in) of a linear layer that the pruner keeps; None: all."""
+        return None if self.sparsity is None else magnitude(weight, self.sparsity)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; carries the layout version of this package."""

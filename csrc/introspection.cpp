@@ -48,7 +48,7 @@ const char* layout_constant_name(int i) { return kConstants[i].name; }
 int64_t layout_constant(int i) { return kConstants[i].value; }
 
 void packed_bytes(int format, int64_t in_features, int64_t out_features, int64_t group_size, int64_t* packed, int64_t* zeros) {
-  const Geometry g = geometry(static_cast<Values>(format), in_features, out_features, group_size);
+  const Geometry g = geometry(static_cast<Pattern>(format / 16), static_cast<Values>(format % 16), in_features, out_features, group_size);
   *packed = g.bytes();
   *zeros = g.zeros_bytes();
 }

@@ -41,6 +41,7 @@ static_assert(row_panels(9).rows == 9 && row_panels(13).rows == 7 && row_panels(
 struct Weight {
   const uint8_t* packed;  // geometry(...).bytes(), see layouts.h
   const uint8_t* zeros;   // geometry(...).zeros_bytes(), or null: the zero point is the middle code
+  Pattern pattern;
   Values values;
   int64_t in_features, out_features;
   Geometry g;

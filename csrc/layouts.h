@@ -21,6 +21,24 @@
 //
 //   block (bf16, always every column): K/2 steps of 128 bytes, 16-bit lane 2 r + b = (row r, column 2 s + b). No scales.
 //
+// A sparse pattern replaces the steps of a block and leaves scales, tiles and padding as they are.
+//
+//   2:4: of every 4 columns (a group) at most 2 are kept. A block is turns of 32 columns (8 groups), a turn is the kept values
+//     (kept e = 0, 1 of group q of a row is element 2 q + e = 4 i + j of 16) and their places:
+//
+//     int4   2 lines of 128 bytes: byte 4 r + j of line l:  low nibble = element 8 l + j, high nibble = element 8 l + 4 + j
+//     int8   4 lines of 128 bytes: byte 4 r + j of line l = element 4 l + j
+//     bf16   8 lines of 128 bytes: 16-bit lane 2 r + e of line q = kept e of group q
+//     then 1 line of places: byte 4 r + j, bits 2 i and 2 i + 1 = place of element 4 i + j within its group
+//        +-------------------+-- ... --+-------------------+-------------------+
+//        | columns 0..       |         | ..31              | places            |   int4 384, int8 640, bf16 1152 bytes
+//        +-------------------+-- ... --+-------------------+-------------------+
+//
+//     int4 and int8 are two's complement: value = scale * element. The places p0, p1 of a group also say how many are kept:
+//     p0 < p1 both, p0 == p1 the first, p0 > p1 none; an element that is not kept is 0. No 2-bit place leads outside its group.
+//     Why places and not a mask of equal size: one byte shuffle by the places picks the activations that meet the kept
+//     weights, which then need no expanding; why 8 columns share a 32-bit lane: a broadcast of 8 int8 activations is one load.
+//
 // Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
 // one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
 // Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
@@ -39,14 +57,23 @@ constexpr int kInt4Zero = 8;
 constexpr int kInt8Zero = 128;
 
 // A format is a pair; its number is 16 * pattern + values (calora_ext/formats/layout.py holds the same table).
-enum class Pattern : int { dense = 0 };
+enum class Pattern : int { dense = 0, two_four = 1 };
 enum class Values : int { bf16 = 0, int8 = 1, int4 = 2 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// Bytes of the codes of `columns` columns of one tile.
+// Bytes of the codes of `columns` columns of one dense tile.
 constexpr int64_t code_bytes(Values v, int64_t columns) {
   return v == Values::bf16 ? 2 * kTileRows * columns : v == Values::int8 ? kTileRows * columns : kTileRows * columns / 2;
+}
+
+// 2:4: bytes and columns of a turn; its places lie in its last kPlaceBytes.
+constexpr int64_t kTurnColumns = 32, kPlaceBytes = 4 * kTileRows;
+constexpr int64_t turn_bytes(Values v) { return code_bytes(v, kTurnColumns) / 2 + kPlaceBytes; }
+
+// The same in any pattern.
+constexpr int64_t code_bytes(Pattern p, Values v, int64_t columns) {
+  return p == Pattern::two_four ? columns / kTurnColumns * turn_bytes(v) : code_bytes(v, columns);
 }
 constexpr bool has_scales(Values v) { return v != Values::bf16; }
 
@@ -57,21 +84,26 @@ struct Geometry {
   constexpr int64_t zeros_bytes() const { return round_up(tiles * blocks * kZeroBytes, kTileAlign); }
 };
 
-constexpr Geometry geometry(Values v, int64_t in_features, int64_t out_features, int64_t group_size) {
+constexpr Geometry geometry(Pattern p, Values v, int64_t in_features, int64_t out_features, int64_t group_size) {
   Geometry g{};
   g.tiles = round_up(out_features, kTileRows) / kTileRows;
   g.columns = round_up(in_features, group_size > 0 ? group_size : kColumnAlign);
   g.block_columns = group_size > 0 ? group_size : g.columns;
   g.blocks = g.block_columns ? g.columns / g.block_columns : 0;
-  g.block_bytes = code_bytes(v, g.block_columns) + (has_scales(v) ? kScaleBytes : 0);
+  g.block_bytes = code_bytes(p, v, g.block_columns) + (has_scales(v) ? kScaleBytes : 0);
   g.tile_bytes = g.blocks * g.block_bytes;
   return g;
 }
 
 static_assert(code_bytes(Values::int4, 128) + kScaleBytes == 33 * kTileAlign, "int4 g128 block is 33 cache lines");
-static_assert(geometry(Values::int4, 4096, 4096, 128).bytes() * 8 == 4096LL * 4096 * 4125 / 1000, "int4 g128 is 4.125 bits");
-static_assert(geometry(Values::int4, 4096, 4096, 64).bytes() * 8 == 4096LL * 4096 * 425 / 100, "int4 g64 is 4.25 bits");
-static_assert(geometry(Values::int8, 97, 33, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
-static_assert(geometry(Values::bf16, 1, 1, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
+static_assert(kTurnColumns == kColumnAlign && turn_bytes(Values::int4) == 6 * kTileAlign, "blocks are whole turns of whole cache lines");
+constexpr int64_t milli_bits(Pattern p, Values v, int64_t group) {  // of a weight, in thousandths
+  return geometry(p, v, 4096, 4096, group).bytes() * 8000 / (4096 * 4096);
+}
+static_assert(milli_bits(Pattern::dense, Values::int4, 128) == 4125 && milli_bits(Pattern::dense, Values::int4, 64) == 4250);
+static_assert(milli_bits(Pattern::two_four, Values::int4, 128) == 3125 && milli_bits(Pattern::two_four, Values::int4, 64) == 3250);
+static_assert(milli_bits(Pattern::two_four, Values::int8, -1) == 5003 && milli_bits(Pattern::two_four, Values::bf16, -1) == 9000);
+static_assert(geometry(Pattern::dense, Values::int8, 97, 33, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
+static_assert(geometry(Pattern::two_four, Values::bf16, 1, 1, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
 
 }  // namespace calora

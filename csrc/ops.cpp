@@ -39,17 +39,19 @@ DType dtype_of(const Tensor& t, const char* what) {
 
 Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features,
                  int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format <= 2, "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4");
-  const auto values = static_cast<Values>(format);
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::two_four) && format % 16 <= static_cast<int>(Values::int4),
+                  "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4, each dense or 2:4");
+  const auto pattern = static_cast<Pattern>(format / 16);
+  const auto values = static_cast<Values>(format % 16);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
                   "calora: unsupported layer size ", out_features, " x ", in_features);
   STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
-  const Geometry g = geometry(values, in_features, out_features, group_size);
+  const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
   const bool zeros = packed.size() == 2;
-  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4),
-                  "calora: expected the packed weight (and for int4 optionally its zero points), got ", packed.size(), " tensors");
+  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4 && pattern == Pattern::dense),
+                  "calora: expected the packed weight (and for dense int4 optionally its zero points), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_cpu() && t.is_contiguous(),
                     "calora: packed tensors must be contiguous uint8 CPU tensors");
@@ -61,7 +63,7 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed[0].data_ptr()) % kTileAlign == 0,
                   "calora: the packed weight is not 64-byte aligned; .clone() it");
   return {static_cast<const uint8_t*>(packed[0].data_ptr()),
-          zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, values, in_features, out_features, g};
+          zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, pattern, values, in_features, out_features, g};
 }
 
 Bank bank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t identity_rank, int64_t in_features,

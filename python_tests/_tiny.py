@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from formats_table import compress_linear
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +37,7 @@ def compressed(model: nn.Module, fmt: WeightFormat = INT4, skip: tuple[str, ...]
     model = copy.deepcopy(model)
     for path, module in list(model.named_modules()):
         if (type(module) is nn.Linear or type(module).__name__ == "Conv1D") and path not in skip:
-            layer = CompressedLinear.from_linear(module, fmt)
+            layer = compress_linear(module, fmt)
             layer.activations = "exact" if exact else "int8"
             model.set_submodule(path, layer)
     return model

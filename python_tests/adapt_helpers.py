@@ -1,6 +1,7 @@
 """Tiny models and a tokenizer made on the spot: nothing is downloaded."""
 
 import torch
+from formats_table import compress_linear
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from calora_ext import CompressedLinear, WeightFormat
+from calora_ext import WeightFormat
 
 TEXT = "a b c d e f g h the cat dog sat ran on mat good bad film yes no question answer ? ."
 WORDS = TEXT.split()
@@ -76,7 +77,7 @@ def compress(model, fmt=None):
     for path, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear and not {"lm_head", "score", "classifier"} & set(path.split(".")):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, CompressedLinear.from_linear(layer, fmt))
+            setattr(model.get_submodule(parent), child, compress_linear(layer, fmt))
     return model
 
 

@@ -196,8 +196,9 @@ def test_every_arm_of_the_grid(init, rc, d, lora, lora_dir):
     assert all(p.grad is None for p in [*model.parameters(), *dense.parameters()])
 
 
-def test_training_lowers_the_loss():
-    model, dense = compress(make_llama()), make_llama()
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 32), WeightFormat("int4", 32, pattern="2:4")], ids=str)
+def test_training_lowers_the_loss(fmt):
+    model, dense = compress(make_llama(), fmt), make_llama()
     args = Settings(max_steps=25, per_device_train_batch_size=4, learning_rate=1e-2, disable_tqdm=True)
     text = ["the cat sat on the mat . the dog ran . " * 20]
     result = run(model, data=text, eval_data=text, teacher=dense, distill=Distill(), recovery=Recovery(rank=4), args=args)

@@ -104,7 +104,9 @@ def test_compressed_directory_is_complete(world):
     ("options", "words"),
     [
         (["--weights", "int5"], ["int5", "int4"]),
-        (["--sparsity", "2:4"], ["sparsity='2:4' is not in this version"]),
+        (["--sparsity", "1:4"], ["1:4", "2:4"]),
+        (["--sparsity", "0.7"], ["sparsity=0.7 is not in this version"]),
+        (["--sparsity", "2:4", "--pruner", "wanda"], ["pruner='wanda' is not in this version"]),
         (["--pruner", "wanda"], ["pruner"]),
         (["--group-size", "48"], ["group_size", "48"]),
         (["--skip", "("], ["regex"]),
@@ -332,6 +334,23 @@ def test_resume(calora, world, tmp_path):
     assert calora(*command, "-o", tmp_path / "halved", "--resume").json["resumed_at"] == 2
     files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "halved")]
     assert files[0] == files[1] and not (tmp_path / "halved.checkpoints").exists()
+
+
+def test_sparse_from_estimate_to_inspect(calora, world, tmp_path):
+    options = ("--sparsity", "2:4", "--pruner", "magnitude", "--group-size", 32)
+    refused(calora("compress", world / "dense", "-o", tmp_path / "sparse", *options, "--calibration", world / "train.txt"), "calibration")
+    estimated = calora("estimate", world / "dense", *options).json
+    done = calora("compress", world / "dense", "-o", tmp_path / "sparse", *options)
+    assert done.json["recipe"]["sparsity"] == "2:4" and "int4 g32 2:4" in done.out
+    assert done.json["coverage"]["bytes"] == estimated["bytes"]
+    done = calora("inspect", tmp_path / "sparse")
+    rows = {row["name"]: row for row in done.json}
+    q = rows["model.layers.0.self_attn.q_proj.packed"]
+    assert q["format"] == "int4 g32 2:4" and q["sparsity"] == 0.5 and q["bits_per_weight"] == 3.5 and "3.50" in done.out
+    assert rows["lm_head.packed"]["format"] == "int8" and rows["lm_head.packed"]["sparsity"] == 0.0
+    assert "format" not in rows["model.norm.weight"]
+    assert calora("generate", tmp_path / "sparse", "--prompt", "the cat", "--max-new-tokens", 2).code == 0
+    assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
 
 
 def test_inspect(calora, world, tmp_path):

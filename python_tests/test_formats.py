@@ -1,16 +1,16 @@
 """Pack, decode and byte accounting against the formulas, and the Python layout against csrc/layouts.h."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from formats_table import FORMATS, SPARSE, mask_for, pack
 
 from calora_ext import CaloraError, WeightFormat, ops
 from calora_ext.formats import layout
-from calora_ext.formats.values import Quantized
+from calora_ext.formats.values import VALUES, Quantized
+from calora_ext.pruning import magnitude
 
-FORMATS = [
-    WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 128), WeightFormat("int4", -1),
-    WeightFormat("int4", 64, symmetric=False), WeightFormat("int4", -1, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
-]  # fmt: skip
 SHAPES = [(1, 1), (33, 7), (31, 65), (64, 128), (97, 300)]  # (out, in): ragged tails everywhere
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -20,7 +20,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 @each_shape
 def test_native_decode_equals_the_reference(fmt, shape):
     torch.manual_seed(0)
-    packed = fmt.pack(torch.randn(shape))
+    packed = pack(fmt, torch.randn(shape))
     reference = fmt.decode(packed, shape[1], shape[0])
     native = ops.decode(list(packed.values()), fmt, shape[1], shape[0])
     assert torch.equal(reference, native)
@@ -38,8 +38,12 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
         top = 16 if fmt.values == "int4" else 256
         zero = None if fmt.symmetric else torch.randint(0, 16, (out, blocks), dtype=torch.uint8)
         q = Quantized(torch.randint(0, top, shape, dtype=torch.uint8), torch.rand(out, blocks).half(), zero)
+    if fmt.sparse:  # what is not kept holds the code of 0
+        mask = mask_for(fmt, shape)
+        q = replace(q, codes=torch.where(mask, q.codes, VALUES[fmt.values].padding(None)), mask=mask)
     back = fmt.unpack(fmt.pack_quantized(q), in_, out)
     assert torch.equal(back.codes, q.codes)
+    assert q.mask is None or torch.equal(back.mask, q.mask)
     assert q.scale is None or torch.equal(back.scale, q.scale)
     assert q.zero is None or torch.equal(back.zero, q.zero)
 
@@ -49,7 +53,7 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
 def test_bytes_are_those_of_layouts_h(fmt, shape):
     out, in_ = shape
     packed, zeros = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
-    sizes = {name: t.numel() for name, t in fmt.pack(torch.randn(shape)).items()}
+    sizes = {name: t.numel() for name, t in pack(fmt, torch.randn(shape)).items()}
     assert sizes == {"packed": packed} | ({} if fmt.symmetric else {"zeros": zeros})
     assert all(size % 64 == 0 for size in sizes.values())
 
@@ -65,7 +69,8 @@ def test_layout_constants_are_those_of_layouts_h():
 @pytest.mark.parametrize(
     ("fmt", "bits"),
     [(WeightFormat("int4", 64), 4.26), (WeightFormat("int4", 128), 4.14), (WeightFormat("int8"), 8.05), (WeightFormat("bf16"), 16.0),
-     (WeightFormat("int4", 128, symmetric=False), 4.14 + 4 / 128)],
+     (WeightFormat("int4", 128, symmetric=False), 4.14 + 4 / 128), (WeightFormat("int4", 128, pattern="2:4"), 3.26),
+     (WeightFormat("int4", 64, pattern="2:4"), 3.40), (WeightFormat("int8", pattern="2:4"), 5.01), (WeightFormat("bf16", pattern="2:4"), 9.0)],
     ids=str,
 )  # fmt: skip
 def test_bits_per_weight(fmt, bits):
@@ -100,6 +105,53 @@ def test_zero_and_extreme_weights(fmt):
     assert torch.equal(fmt.decode(fmt.pack(w), 70, 5), w)
     w[2, 3] = 1e-20  # underflows an fp16 scale: decodes to something finite
     assert torch.isfinite(fmt.decode(fmt.pack(w), 70, 5)).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+def test_the_zero_pattern_is_the_mask_bit_for_bit(fmt, density):
+    torch.manual_seed(4)
+    out, in_ = 45, 171
+    weight, mask = torch.randn(out, in_), mask_for(fmt, (out, in_), density)
+    packed = fmt.pack(weight, mask)
+    assert torch.equal(fmt.unpack(packed, in_, out).mask, mask)
+    decoded = fmt.decode(packed, in_, out)
+    assert not decoded[~mask].any()
+    # The kept weights are those of the dense format, whose scales do not see a weight that is 0.
+    dense = replace(fmt, pattern="dense")
+    assert torch.equal(decoded, dense.decode(dense.pack(weight * mask), in_, out))
+    # Packing what was decoded keeps every zero, whatever the mask had kept there.
+    again = fmt.pack(decoded)
+    assert torch.equal(fmt.unpack(again, in_, out).mask, decoded != 0)
+
+
+def test_magnitude_keeps_the_two_largest_of_four():
+    torch.manual_seed(5)
+    weight = torch.randn(33, 70)
+    weight[3], weight[4] = 1.0, 0.0
+    mask = magnitude(weight, "2:4")
+    for row in range(33):
+        for first in range(0, 70, 4):
+            group = weight[row, first : first + 4].abs()
+            best = sorted(range(len(group)), key=lambda c: (-group[c].item(), c))[:2]
+            want = [c in best and group[c] > 0 for c in range(len(group))]
+            assert mask[row, first : first + 4].tolist() == want
+
+
+def test_bad_masks_are_refused_in_a_sentence():
+    fmt, weight = WeightFormat("int4", 64, pattern="2:4"), torch.randn(4, 64)
+    with pytest.raises(CaloraError, match="keeps 4 of the four weights at row 0, columns 0 to 3"):
+        fmt.pack(weight)
+    with pytest.raises(CaloraError, match="shape"):
+        fmt.pack(weight, torch.ones(4, 63, dtype=torch.bool))
+    with pytest.raises(CaloraError, match="no meaning for int4 g64"):
+        WeightFormat("int4", 64).pack(weight, weight > 0)
+    with pytest.raises(CaloraError, match="no zero points"):
+        WeightFormat("int4", 64, False, "2:4")
+    with pytest.raises(CaloraError, match="unknown pattern"):
+        WeightFormat("int4", 64, pattern="4:8")
+    with pytest.raises(CaloraError, match="magnitude pruning knows"):
+        magnitude(weight, "1:4")
 
 
 def test_bad_weights_and_formats_are_refused_in_a_sentence():

@@ -18,16 +18,17 @@ PACKAGE = Path(calora_ext.__file__).parent
 LEVELS = {
     0: ("errors", "tables", "measure", "progress"),
     1: ("formats", "card", "plots"),
-    2: ("ops", "recipe"),
-    3: ("linear",),
-    4: ("lowrank", "policy", "embedding", "bench"),
-    5: ("io",),
-    6: ("adapters", "evaluate"),
-    7: ("compression", "adaptation"),
-    8: ("integrations",),
-    9: ("demo",),
-    10: ("cli",),
-    11: ("__main__",),
+    2: ("ops", "pruning"),
+    3: ("recipe",),
+    4: ("linear",),
+    5: ("lowrank", "policy", "embedding", "bench"),
+    6: ("io",),
+    7: ("adapters", "evaluate"),
+    8: ("compression", "adaptation"),
+    9: ("integrations",),
+    10: ("demo",),
+    11: ("cli",),
+    12: ("__main__",),
 }
 LEVEL = {unit: level for level, units in LEVELS.items() for unit in units}
 MODEL_LIBRARIES = {"transformers", "peft", "accelerate"}

@@ -4,13 +4,10 @@ import random
 
 import pytest
 import torch
+from formats_table import FORMATS, SPARSE, pack
 
 from calora_ext import WeightFormat, ops
 
-FORMATS = [
-    WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 128), WeightFormat("int4", -1),
-    WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
-]  # fmt: skip
 # (m, in, out, rank, identity_rank)
 CASES = [(1, 64, 32, 0, 0), (1, 300, 97, 17, 8), (2, 65, 31, 1, 1), (3, 128, 64, 16, 16), (7, 33, 130, 32, 16),
          (8, 257, 65, 64, 0), (9, 96, 40, 8, 4), (12, 40, 33, 33, 7), (13, 321, 64, 0, 0), (33, 130, 70, 24, 16),
@@ -34,9 +31,9 @@ def quantised_activations(x, fmt, in_features):
     return ((blocks * inverse).round().double() * (amax / 127).double()).view(x.shape[0], -1)[:, :in_features]
 
 
-def layer(fmt, out, in_, rank, dtype, seed=0):
+def layer(fmt, out, in_, rank, dtype, seed=0, density=0.5):
     gen = torch.Generator().manual_seed(seed)
-    packed = fmt.pack(torch.randn(out, in_, generator=gen))
+    packed = pack(fmt, torch.randn(out, in_, generator=gen), density, seed)
     bias = torch.randn(out, generator=gen).to(dtype)
     down = (torch.randn(rank, in_, generator=gen) / in_**0.5).to(dtype) if rank else None
     up = torch.randn(out, rank, generator=gen).to(dtype) if rank else None
@@ -92,7 +89,27 @@ def test_int8_activations_cost_what_their_step_costs(rung, fmt):
     assert (y - want).norm() <= {32: 6e-3, 64: 6e-3, 128: 7e-3, -1: 9e-3}[fmt.group_size] * want.norm()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+def test_sparse_weights_of_any_density(rung, fmt, density):
+    """Every kind of kernel (decode of 1 and of 5 rows, prefill, backward) with a bank."""
+    in_, out, rank = 229, 75, 9
+    packed, bias, down, up = layer(fmt, out, in_, rank, torch.float32, density=density)
+    dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
+    for m in (1, 5, 20):
+        x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m))
+        for activations in ("exact",) if fmt.values == "bf16" else ("exact", "int8"):
+            base = quantised_activations(x, fmt, in_) if activations == "int8" else None
+            want = in_float64(x, dense, bias, down, up, 4, base)
+            y = ops.linear(x, tensors, fmt, in_, out, bias, down, up, 4, activations)
+            assert (y.double() - want).norm() <= 3e-6 * want.norm(), (m, activations)
+        grad = torch.randn(m, out, generator=torch.Generator().manual_seed(m))
+        want = grad.double() @ dense.double()
+        dx = torch.ops.calora.linear_dx(grad, tensors, fmt.id, in_, out, fmt.group_size)
+        assert (dx.double() - want).norm() <= 3e-6 * want.norm(), m
+
+
+@pytest.mark.parametrize("seed", range(2 * len(FORMATS)))
 def test_random_ragged_prefill(rung, seed):
     """Any M above the decode rows, any shape, every panel height: both activation modes and the backward of it."""
     rng = random.Random(seed)
@@ -143,15 +160,16 @@ def test_tiled_up_equals_row_major_up(rung, m):
 
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("m", [1, 5, 40])
-def test_the_result_does_not_depend_on_the_number_of_threads(rung, m, activations):
-    fmt = WeightFormat("int4", 64)
-    packed, bias, down, up = layer(fmt, 1000, 1024, 32, torch.float32)
-    x = torch.randn(m, 1024)
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f.values == "int4" and f.group_size == 128], ids=str)
+def test_the_result_does_not_depend_on_the_number_of_threads(rung, fmt, m, activations):
+    in_, out = (256, 200) if rung == "reference" else (1024, 1000)
+    packed, bias, down, up = layer(fmt, out, in_, 32, torch.float32)
+    x = torch.randn(m, in_)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(ops.linear(x, list(packed.values()), fmt, 1024, 1000, bias, down, up, 16, activations))
+        results.append(ops.linear(x, list(packed.values()), fmt, in_, out, bias, down, up, 16, activations))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 

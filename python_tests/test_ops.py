@@ -2,34 +2,39 @@
 
 import pytest
 import torch
+from formats_table import pack
 
 from calora_ext import CompressedLinear, WeightFormat, ops
 
 FMT = WeightFormat("int4", 64)
+each_pattern = pytest.mark.parametrize("fmt", [FMT, WeightFormat("int4", 64, pattern="2:4")], ids=str)
 
 
-def arguments(m=3, in_=100, out=70, rank=12, identity_rank=8, dtype=torch.float32, grad=False):
+def arguments(m=3, in_=100, out=70, rank=12, identity_rank=8, dtype=torch.float32, grad=False, fmt=FMT):
     gen = torch.Generator().manual_seed(0)
-    packed = list(FMT.pack(torch.randn(out, in_, generator=gen)).values())
+    packed = list(pack(fmt, torch.randn(out, in_, generator=gen)).values())
     make = lambda *s: torch.randn(*s, generator=gen).to(dtype).requires_grad_(grad)  # noqa: E731
-    return (make(m, in_), packed, FMT.id, in_, out, FMT.group_size, make(out), make(rank, in_), make(out, rank), identity_rank, None, 0)
+    return (make(m, in_), packed, fmt.id, in_, out, fmt.group_size, make(out), make(rank, in_), make(out, rank), identity_rank, None, 0)
 
 
+@each_pattern
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_linear(grad):
-    torch.library.opcheck(torch.ops.calora.linear.default, arguments(grad=grad))
+def test_opcheck_linear(grad, fmt):
+    torch.library.opcheck(torch.ops.calora.linear.default, arguments(grad=grad, fmt=fmt))
 
 
-def test_opcheck_backward_and_decode():
-    _, packed, fmt, in_, out, group, *_ = arguments()
+@each_pattern
+def test_opcheck_backward_and_decode(fmt):
+    _, packed, fmt, in_, out, group, *_ = arguments(fmt=fmt)
     torch.library.opcheck(torch.ops.calora.linear_dx.default, (torch.randn(3, out), packed, fmt, in_, out, group))
     torch.library.opcheck(torch.ops.calora.decode.default, (packed, fmt, in_, out, group, 10, 40))
 
 
-def test_gradients_equal_those_of_the_formula():
-    args = arguments(grad=True)
+@each_pattern
+def test_gradients_equal_those_of_the_formula(fmt):
+    args = arguments(grad=True, fmt=fmt)
     x, packed, _, in_, out, _, bias, down, up, identity_rank, _, _ = args
-    dense = FMT.decode({"packed": packed[0]}, in_, out)
+    dense = ops.decode(packed, fmt, in_, out)
     weights = torch.randn(3, out, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((torch.ops.calora.linear(*args) * weights).sum(), (x, bias, down, up))
     x64, bias64, down64, up64 = (t.detach().double().requires_grad_() for t in (x, bias, down, up))
@@ -77,6 +82,8 @@ def test_float16_input_is_computed_and_returned():
         ({1: []}, "got 0 tensors"),
         ({1: [torch.zeros(5, dtype=torch.uint8)]}, "has 5 bytes"),
         ({2: 99}, "unknown weight format"),
+        ({2: 16 + 2}, "a 70 x 100 layer of this format needs"),
+        ({2: -1}, "unknown weight format"),
         ({3: -1}, "unsupported layer size"),
         ({5: 7}, "group_size"),
         ({6: torch.randn(3)}, "bias"),

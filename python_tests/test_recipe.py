@@ -16,6 +16,10 @@ def test_defaults_are_the_stated_ones():
     assert Recipe(weights="int8").group_size == -1
     assert Recipe(weights="int8", embeddings="int4").format("embeddings") == WeightFormat("int4", 64)
     assert Recipe(group_size=128, embeddings="int4").format("embeddings") == WeightFormat("int4", 128)
+    sparse = Recipe(sparsity="2:4")
+    assert sparse.format() == WeightFormat("int4", 128, pattern="2:4") and sparse.format("lm_head") == WeightFormat("int8")
+    assert sparse.resolve(calibrated=False).pruner == "magnitude" and sparse.resolve(calibrated=False).rounding == "rtn"
+    assert Recipe(sparsity="2:4", group_size=64).format() == WeightFormat("int4", 64, pattern="2:4")
 
 
 @pytest.mark.parametrize(
@@ -25,8 +29,14 @@ def test_defaults_are_the_stated_ones():
         ({"weights": "nf4"}, "weights='nf4' is not in this version"),
         ({"weights": None}, "unknown weights None"),
         ({"weights": ["int4"]}, "unknown weights"),
-        ({"sparsity": "2:4"}, "sparsity='2:4' is not in this version"),
-        ({"sparsity": 0.7, "pruner": "wanda"}, "sparsity=0.7 is not in this version"),
+        ({"sparsity": "1:4"}, "unknown sparsity '1:4'"),
+        ({"sparsity": 0.7}, "sparsity=0.7 is not in this version"),
+        ({"sparsity": ["2:4"]}, "sparsity=.* is not in this version"),
+        ({"sparsity": "2:4", "pruner": "wanda"}, "pruner='wanda' is not in this version"),
+        ({"sparsity": "2:4", "pruner": "random"}, "unknown pruner 'random'"),
+        ({"sparsity": "2:4", "rates": {"lm_head": 0.5}}, "rates=.* is not in this version"),
+        ({"sparsity": "2:4", "symmetric": False}, "symmetric=False has no meaning for sparse"),
+        ({"sparsity": "2:4", "rounding": "gptq"}, "does not know sparse"),
         ({"pruner": "wanda"}, "without sparsity"),
         ({"rates": "owl"}, "rates='owl' is not in this version"),
         ({"group_size": 48}, "multiple of 32"),
@@ -52,11 +62,16 @@ def test_meaningless_fields_are_refused_by_name(fields, message):
 def test_gptq_needs_calibration():
     with pytest.raises(CaloraError, match="needs calibration"):
         Recipe(rounding="gptq").resolve(calibrated=False)
+    with pytest.raises(CaloraError, match="leave calibration out"):
+        Recipe(sparsity="2:4").resolve(calibrated=True)
 
 
 def test_json_round_trip():
-    recipe = Recipe(group_size=128, symmetric=False, rounding="gptq", embeddings="int8", skip=["down_proj"])
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for recipe in (
+        Recipe(group_size=128, symmetric=False, rounding="gptq", embeddings="int8", skip=["down_proj"]),
+        Recipe(weights="int8", sparsity="2:4", pruner="magnitude"),
+    ):
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 
 
 def test_bad_json_is_refused():

@@ -71,12 +71,17 @@ def test_compressing_while_loading_equals_compressing(name, embeddings, tmp_path
     [
         cx.Recipe(symmetric=False, group_size=32), cx.Recipe(group_size=-1, lm_head=None), cx.Recipe(weights="int8", lm_head="int4"),
         cx.Recipe(weights="bf16", lm_head="bf16"), cx.Recipe(symmetric=False, embeddings="int4", activations="exact"),
+        cx.Recipe(sparsity="2:4"), cx.Recipe(weights="int8", sparsity="2:4", activations="exact"), cx.Recipe(weights="bf16", sparsity="2:4"),
     ],
-    ids=lambda r: f"{r.weights}-{r.group_size}-{r.symmetric}-{r.lm_head}",
+    ids=lambda r: f"{r.weights}-{r.group_size}-{r.symmetric}-{r.lm_head}-{r.sparsity}",
 )  # fmt: skip
 def test_every_format_survives(recipe, tmp_path):
     model = dense("llama")
-    cx.compress(model, recipe)
+    model.save_pretrained(tmp_path / "dense")
+    report = cx.compress(model, recipe)
+    packed_while_loading = ZOO["llama"][1].from_pretrained(tmp_path / "dense", quantization_config=cx.CaloraConfig(recipe))
+    same_packed(model, packed_while_loading)
+    assert cx.estimate(tmp_path / "dense", recipe).to_dict() == report.coverage.to_dict()
     model.save_pretrained(tmp_path)
     loaded = cx.load(tmp_path)
     same_packed(model, loaded)
@@ -111,7 +116,7 @@ def test_config_json_says_what_was_done(tmp_path):
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written["quant_method"] == METHOD and written["layout_version"] == 1
     assert written["weights"] == "int4" and written["rounding"] == "rtn"
-    assert written["modules"] == {"lm_head": {"values": "int8", "group_size": -1, "symmetric": True}}
+    assert written["modules"] == {"lm_head": {"values": "int8", "group_size": -1, "symmetric": True, "pattern": "dense"}}
     size = (tmp_path / "model.safetensors").stat().st_size
     assert written["files"]["model.safetensors"]["size"] == size and len(written["files"]["model.safetensors"]["blake2b"]) == 64
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -115,15 +115,17 @@ def _add(layer: nn.Module, delta: Tensor) -> float:
 
 @torch.no_grad()
 def requantised(layer: CompressedLinear, delta: Tensor, packed: dict[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float]:
-    """The packed tensors of a weight plus delta, and MergeReport's error. The layer stays as it is.
+    """The packed tensors of a weight plus delta, and MergeReport's error. The layer stays as it is; what a sparse layer does
+    not keep stays 0, and the delta there counts as error.
 
     packed: the weight, if not the layer's present one. Raises CaloraError for a layer that reads the matrix of another one.
     """
     if "packed" not in layer._buffers:
         raise CaloraError("this layer shares its weight with the input embeddings; an adapter on it cannot be merged")
-    size = (layer.in_features, layer.out_features)
-    wanted = ops.decode(list((packed or layer.packed_tensors()).values()), layer.format, *size) + delta
-    packed = layer.format.pack(wanted)
+    packed, size = packed or layer.packed_tensors(), (layer.in_features, layer.out_features)
+    mask = layer.format.unpack(packed, *size).mask if layer.format.sparse else None
+    wanted = ops.decode(list(packed.values()), layer.format, *size) + delta
+    packed = layer.format.pack(wanted, mask)
     stored = ops.decode(list(packed.values()), layer.format, *size)
     return packed, _relative(stored - wanted, delta)
 

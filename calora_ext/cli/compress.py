@@ -131,18 +131,19 @@ def inspect(
             raise CaloraError(f"{directory / bad[0]}: {states[bad[0]]}; copy the model again or compress it anew")
         return
     rows, result = _contents(directory)
-    emit(("tensor", "dtype", "shape", "size"), rows, result, json_file)
+    emit(("tensor", "dtype", "shape", "size", "format", "bits per weight", "sparsity"), rows, result, json_file)
 
 
 def _contents(directory: Path) -> tuple[list[tuple], list[dict]]:
     from ..io import checkpoint, peft_adapter, recovery
 
+    layers = {}
     if (directory / checkpoint.CONFIG).is_file():
         paths = checkpoint.shard_paths(directory)
         if checkpoint.read_json(directory / checkpoint.CONFIG).get("quantization_config"):
-            from .. import load
+            from ..integrations.models import packed_layers
 
-            load(directory)  # maps the packed tensors, and refuses what does not fit together
+            layers = packed_layers(directory)  # maps the packed tensors, and refuses what does not fit together
     else:
         halves = [(peft_adapter, peft_adapter.read_adapter), (recovery, recovery.read_recovery)]
         there = [(half, read) for half, read in halves if (directory / half.CONFIG_NAME).is_file() or (directory / half.WEIGHTS_NAME).is_file()]
@@ -156,4 +157,13 @@ def _contents(directory: Path) -> tuple[list[tuple], list[dict]]:
          "bytes": header.tensors[name].end - header.tensors[name].begin, "file": header.path.name}
         for name, header in checkpoint.read_headers(paths).items()
     ]  # fmt: skip
-    return [(t["name"], t["dtype"], " x ".join(map(str, t["shape"])), format_bytes(t["bytes"])) for t in tensors], tensors
+    for t in tensors:
+        name, _, kind = t["name"].rpartition(".")
+        if kind == "packed" and name in layers:
+            t |= layers[name]
+    rows = [
+        (t["name"], t["dtype"], " x ".join(map(str, t["shape"])), format_bytes(t["bytes"]), t.get("format"),
+         f"{t['bits_per_weight']:.2f}" if "format" in t else None, f"{100 * t['sparsity']:.1f} %" if "format" in t else None)
+        for t in tensors
+    ]  # fmt: skip
+    return rows, tensors

@@ -10,24 +10,31 @@ if TYPE_CHECKING:
     from ..recipe import Recipe
 
 Weights = Annotated[str, typer.Option(help="How a weight is stored: int4, int8 or bf16.")]
-GroupSize = Annotated[int | None, typer.Option(help="Columns that share an int4 scale; -1 is one scale per row.  [default: 64]")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share an int4 scale; -1 is one scale per row.  [default: 64, sparse 128]")]
 Symmetric = Annotated[bool, typer.Option(help="No zero points, or one per int4 group.")]
 Rounding = Annotated[str | None, typer.Option(help="rtn or gptq.  [default: gptq with --calibration, else rtn]")]
 Activations = Annotated[str, typer.Option(help="What inference multiplies with: int8 or exact.")]
 LmHead = Annotated[str, typer.Option(help="The output head where it is not tied: int4, int8, bf16, or none (dense).")]
 Embeddings = Annotated[str, typer.Option(help="The input embeddings and a head tied to them: int4, int8, bf16, or none (dense).")]
 Skip = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Modules that stay dense; may be given several times.")]
-# Sparse weights are not in this version; the recipe says so in one sentence.
-Sparsity = Annotated[str | None, typer.Option(hidden=True)]
-Pruner = Annotated[str | None, typer.Option(hidden=True)]
-Rates = Annotated[str, typer.Option(hidden=True)]
+Sparsity = Annotated[str | None, typer.Option(help="Which weights of the linear layers are kept: 2:4.  [default: all]")]
+Pruner = Annotated[str | None, typer.Option(help="What chooses them: magnitude.  [default: magnitude]")]
+Rates = Annotated[str, typer.Option(hidden=True)]  # only uniform in this version; the recipe says so in one sentence
 
 
-def build(*, skip: list[str] | None, lm_head: str, embeddings: str, **fields) -> Recipe:
+def build(*, skip: list[str] | None, lm_head: str, embeddings: str, sparsity: str | None, **fields) -> Recipe:
     """A Recipe from option values; "none" is None."""
     from ..recipe import Recipe
 
     def stored(value: str) -> str | None:
         return None if value.lower() == "none" else value
 
-    return Recipe(lm_head=stored(lm_head), embeddings=stored(embeddings), skip=tuple(skip or ()), **fields)
+    return Recipe(lm_head=stored(lm_head), embeddings=stored(embeddings), skip=tuple(skip or ()), sparsity=_sparsity(sparsity), **fields)
+
+
+def _sparsity(text: str | None) -> str | float | None:
+    """A pattern as it is, a fraction as a number."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

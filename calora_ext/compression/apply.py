@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from ..errors import CaloraError
 from ..linear import CompressedLinear, dense_weight
 from ..policy import Coverage, tied_modules
+from ..recipe import Recipe
 from . import gptq
 from .calibrate import Gram, find_blocks, run_blocks
 from .replace import forget_ties, pack, tie
 from .report import relative_error
 
 
-def apply(model: nn.Module, coverage: Coverage, activations: str, batches: list[Tensor] | None, done: Callable[[], None]) -> dict[str, float]:
+def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Tensor] | None, done: Callable[[], None]) -> dict[str, float]:
     """Replace every module that `coverage` gives a format; returns the relative error of each.
 
-    batches: token ids for GPTQ, or None to round to nearest. activations: what later blocks see of earlier ones.
-    done: called after each module. Raises CaloraError naming the module for weights or inputs that are not finite.
+    recipe: how weights are pruned, and what later blocks see of earlier ones. batches: token ids for GPTQ, or None to round
+    to nearest. done: called after each module. Raises CaloraError naming the module for weights or inputs that are not finite.
     """
     errors: dict[str, float] = {}
     formats = coverage.formats
@@ -33,11 +34,11 @@ def apply(model: nn.Module, coverage: Coverage, activations: str, batches: list[
                 packed = fmt.pack_quantized(gptq.quantize(dense_weight(dense), gram.matrix, fmt))
             except CaloraError as error:
                 raise CaloraError(f"{name}: {error}") from None
-        layer = pack(name, dense, fmt, packed)
+        layer = pack(name, dense, fmt, recipe, packed)
         weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
         errors[name] = relative_error(weight.detach(), layer)
         if isinstance(layer, CompressedLinear):
-            layer.activations = activations
+            layer.activations = recipe.activations
         model.set_submodule(name, layer)
         if isinstance(dense, nn.Embedding):
             tie(model, name, [target for target, source in tied.items() if source == name])

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from ..embedding import CompressedEmbedding, TiedEmbedding, TiedLinear
 from ..errors import CaloraError
 from ..formats import WeightFormat
-from ..linear import CompressedLinear
+from ..linear import CompressedLinear, dense_weight
 from ..policy import features
+from ..recipe import Recipe
 
 Compressed = CompressedLinear | CompressedEmbedding
 
@@ -27,12 +28,14 @@ def empty(module: nn.Module, fmt: WeightFormat) -> Compressed:
     return CompressedLinear(in_features, out_features, module.bias is not None, fmt, dtype, "meta")
 
 
-def pack(name: str, module: nn.Module, fmt: WeightFormat, packed: dict[str, Tensor] | None = None) -> Compressed:
-    """Compress a dense module, rounding to nearest unless `packed` was chosen already. CaloraErrors name the module."""
+def pack(name: str, module: nn.Module, fmt: WeightFormat, recipe: Recipe, packed: dict[str, Tensor] | None = None) -> Compressed:
+    """Compress a dense module, pruned as the recipe says and rounded to nearest unless `packed` was chosen already.
+    CaloraErrors name the module."""
     try:
         if isinstance(module, nn.Embedding):
             return CompressedEmbedding.from_embedding(module, fmt)
-        return CompressedLinear.from_linear(module, fmt, packed)
+        mask = recipe.mask(dense_weight(module)) if fmt.sparse and packed is None else None
+        return CompressedLinear.from_linear(module, fmt, packed, mask)
     except CaloraError as error:
         raise CaloraError(f"{name}: {error}") from None
 

@@ -14,12 +14,15 @@ from torch.nn.functional import pad
 
 from ..errors import CaloraError
 from . import layout
+from .dense import Dense
 from .layout import LAYOUT_VERSION, Geometry
+from .two_four import TwoFour
 from .values import VALUES, Quantized
 
+PATTERNS = {p.name: p for p in (Dense, TwoFour)}
 CHUNK = 1 << 22  # weights that are rounded at a time
 
-__all__ = ["LAYOUT_VERSION", "Geometry", "Quantized", "WeightFormat"]
+__all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat"]
 
 
 @dataclass(frozen=True)
@@ -27,17 +30,23 @@ class WeightFormat:
     """How one layer's weight is stored.
 
     values: ``"int4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1 for
-    one scale per row; only int4 has groups. symmetric: False stores a zero point per group (int4 only).
+    one scale per row; only int4 has groups. symmetric: False stores a zero point per group (dense int4 only).
+    pattern: ``"dense"``, or ``"2:4"``: at most two of every four weights along a row are kept, the others are 0.
     Raises :class:`CaloraError` for a combination without meaning.
     """
 
     values: str = "int4"
     group_size: int = 64
     symmetric: bool = True
+    pattern: str = "dense"
 
     def __post_init__(self) -> None:
         if self.values not in VALUES:
             raise CaloraError(f"unknown weights {self.values!r}; choose one of {', '.join(sorted(VALUES))}")
+        if self.pattern not in PATTERNS:
+            raise CaloraError(f"unknown pattern {self.pattern!r}; choose one of {', '.join(PATTERNS)}")
+        if self.sparse and not self.symmetric:
+            raise CaloraError(f"{self.pattern} weights have no zero points; use symmetric=True")
         if not VALUES[self.values].grouped:
             if not self.symmetric:
                 raise CaloraError(f"{self.values} has no zero points; use symmetric=True")
@@ -48,17 +57,22 @@ class WeightFormat:
     @property
     def id(self) -> int:
         """The number that the operators take: 16 * pattern + values."""
-        return 16 * layout.PATTERN_IDS["dense"] + layout.VALUE_IDS[self.values]
+        return 16 * layout.PATTERN_IDS[self.pattern] + layout.VALUE_IDS[self.values]
+
+    @property
+    def sparse(self) -> bool:
+        return PATTERNS[self.pattern].sparse
 
     def __str__(self) -> str:
         group = "" if self.group_size == -1 else f" g{self.group_size}"
-        return f"{self.values}{group}{'' if self.symmetric else ' asymmetric'}"
+        pattern = f" {self.pattern}" if self.sparse else ""
+        return f"{self.values}{group}{'' if self.symmetric else ' asymmetric'}{pattern}"
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     def geometry(self, in_features: int, out_features: int) -> Geometry:
-        return Geometry(self.values, in_features, out_features, self.group_size)
+        return Geometry(self.values, in_features, out_features, self.group_size, self.pattern)
 
     def tensors(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the packed tensors of a layer, all uint8, in the order the operators take them."""
@@ -75,12 +89,19 @@ class WeightFormat:
     def bits_per_weight(self, in_features: int, out_features: int) -> float:
         return 8 * self.nbytes(in_features, out_features) / (in_features * out_features)
 
-    def quantize(self, weight: Tensor) -> Quantized:
-        """Round a weight (out, in) to nearest. Raises CaloraError for NaN, infinity or a scale beyond fp16."""
+    def quantize(self, weight: Tensor, mask: Tensor | None = None) -> Quantized:
+        """Round a weight (out, in) to nearest.
+
+        mask: (out, in) bool, the weights to keep in a sparse pattern; without it those that are not 0.
+        Raises CaloraError for NaN, infinity, a scale beyond fp16, or a mask that the pattern does not hold.
+        """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise CaloraError(f"a weight must be a 2-D floating-point tensor, got {tuple(weight.shape)} {weight.dtype}")
         if not torch.isfinite(weight).all():
             raise CaloraError("the weight holds NaN or infinite values; the checkpoint is damaged or training diverged")
+        mask = self._settle_mask(weight, mask)
+        if mask is not None:
+            weight = weight.detach() * mask
         g = self.geometry(weight.shape[1], weight.shape[0])
         parts = []
         for rows in weight.detach().split(max(1, CHUNK // g.columns)):  # rows are independent: temporaries stay small
@@ -89,7 +110,14 @@ class WeightFormat:
         codes, scale, zero = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         if scale is not None and not torch.isfinite(scale).all():
             raise CaloraError("a weight is too large for an fp16 scale; rescale the layer or keep it in bf16")
-        return Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero)
+        return Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero, mask)
+
+    def _settle_mask(self, weight: Tensor, mask: Tensor | None) -> Tensor | None:
+        if mask is not None and not self.sparse:
+            raise CaloraError(f"a mask has no meaning for {self}, which keeps every weight; leave it out")
+        if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+            raise CaloraError(f"a mask must be bool and of the weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)} {mask.dtype}")
+        return (weight != 0) if mask is None and self.sparse else mask
 
     def pack_quantized(self, q: Quantized) -> dict[str, Tensor]:
         """The packed tensors of codes that are already chosen (by rounding, GPTQ, an importer)."""
@@ -101,7 +129,8 @@ class WeightFormat:
         codes = pad(q.codes, (0, columns, 0, rows)).view(-1, g.blocks, g.block_columns)
         is_padding = pad(torch.zeros_like(q.codes, dtype=torch.bool), (0, columns, 0, rows), value=True).view_as(codes)
         filler = torch.as_tensor(value_type.padding(zero)).to(codes.dtype)
-        data = layout.tile_codes(torch.where(is_padding, filler, codes).view(-1, g.columns), g)
+        mask = None if q.mask is None else pad(q.mask, (0, columns, 0, rows))
+        data = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
         if q.scale is not None:
             data = torch.cat((data, layout.tile_scales(pad(q.scale, (0, 0, 0, rows)), g)), dim=-1)
         packed = {"packed": data.reshape(g.packed_shape)}
@@ -109,22 +138,31 @@ class WeightFormat:
             packed["zeros"] = layout.tile_zeros(zero, g)
         return packed
 
-    def pack(self, weight: Tensor) -> dict[str, Tensor]:
-        """Round to nearest and pack a weight (out, in)."""
-        return self.pack_quantized(self.quantize(weight))
+    def pack(self, weight: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Round to nearest and pack a weight (out, in); mask as in :meth:`quantize`."""
+        return self.pack_quantized(self.quantize(weight, mask))
 
     def unpack(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Quantized:
         """Inverse of :meth:`pack_quantized`, exactly."""
         g = self.geometry(in_features, out_features)
         self.check(packed, in_features, out_features)
         data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
-        codes = layout.untile_codes(data[..., : g.code_bytes], g)[:out_features, :in_features]
+        codes, mask = PATTERNS[self.pattern].untile(data[..., : g.code_bytes], g)
+        codes = codes[:out_features, :in_features]
+        mask = None if mask is None else mask[:out_features, :in_features]
         scale = zero = None
         if g.block_bytes > g.code_bytes:
             scale = layout.untile_scales(data[..., g.code_bytes :], g)[:out_features]
         if not self.symmetric:
             zero = layout.untile_zeros(packed["zeros"], g)[:out_features]
-        return Quantized(codes, scale, zero)
+        return Quantized(codes, scale, zero, mask)
+
+    def kept(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> int:
+        """How many weights the pattern keeps; one of them may have been rounded to 0."""
+        if not self.sparse:
+            return in_features * out_features
+        g = self.geometry(in_features, out_features)
+        return PATTERNS[self.pattern].kept(packed["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes], g)
 
     def decode(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Tensor:
         """The dense weight (out, in) in float32: the reference of every kernel."""

@@ -18,13 +18,18 @@ SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a quantised block
 ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
 
 VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2}
-PATTERN_IDS = {"dense": 0}
+PATTERN_IDS = {"dense": 0, "2:4": 1}
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
-STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 8}  # columns in one 128-byte step of a tile
 
 
 def round_up(n: int, to: int) -> int:
     return (n + to - 1) // to * to
+
+
+def code_bytes(pattern: str, values: str, columns: int) -> int:
+    """Bytes of the codes of `columns` columns of one tile, and of what says where they belong."""
+    bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1}[pattern]
+    return TILE_ROWS * columns * bits // 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Geometry:
     in_features: int
     out_features: int
     group_size: int  # columns that share a scale, or -1 for all of them
+    pattern: str = "dense"
 
     @property
     def tiles(self) -> int:
@@ -54,8 +60,8 @@ class Geometry:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of the codes of one block."""
-        return TILE_ROWS * self.block_columns * BITS[self.values] // 8
+        """Bytes of one block but for its scales."""
+        return code_bytes(self.pattern, self.values, self.block_columns)
 
     @property
     def block_bytes(self) -> int:
@@ -68,29 +74,6 @@ class Geometry:
     @property
     def zeros_shape(self) -> tuple[int]:
         return (round_up(self.tiles * self.blocks * ZERO_BYTES, TILE_ALIGN),)
-
-
-def tile_codes(codes: Tensor, g: Geometry) -> Tensor:
-    """Bytes of the codes, (tiles, blocks, code_bytes) uint8.
-
-    codes: (tiles * 32, columns), already padded; uint8 for int4 and int8, bfloat16 for bf16.
-    """
-    step = STEP_COLUMNS[g.values]
-    c = codes.view(g.tiles, TILE_ROWS, g.blocks, g.block_columns // step, step).permute(0, 2, 3, 1, 4)
-    if g.values == "int4":
-        c = c[..., :4] | (c[..., 4:] << 4)
-    return c.contiguous().view(torch.uint8).view(g.tiles, g.blocks, g.code_bytes)
-
-
-def untile_codes(data: Tensor, g: Geometry) -> Tensor:
-    """Inverse of :func:`tile_codes`: (tiles, blocks, code_bytes) uint8 -> (tiles * 32, columns)."""
-    step = STEP_COLUMNS[g.values]
-    if g.values == "bf16":
-        data = data.contiguous().view(torch.bfloat16)
-    c = data.reshape(g.tiles, g.blocks, g.block_columns // step, TILE_ROWS, -1)
-    if g.values == "int4":
-        c = torch.cat((c & 15, c >> 4), dim=-1)
-    return c.permute(0, 3, 1, 2, 4).reshape(g.tiles * TILE_ROWS, g.columns)
 
 
 def tile_scales(scale: Tensor, g: Geometry) -> Tensor:

@@ -19,14 +19,16 @@ SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of a weight. codes: (out, in) uint8 (bfloat16 for bf16); scale: (out, blocks) fp16; zero: (out, blocks) uint8.
+    """Codes of a weight. codes: (out, in) uint8 (bfloat16 for bf16); scale: (out, blocks) fp16; zero: (out, blocks) uint8;
+    mask: (out, in) bool, the weights that a sparse pattern keeps.
 
-    scale is None for bf16; zero is None when the zero point is the middle code.
+    scale is None for bf16; zero is None when the zero point is the middle code; mask is None for a dense weight.
     """
 
     codes: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def int4_codes(w: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:

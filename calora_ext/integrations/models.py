@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..compression.report import Report
 from ..errors import CaloraError
 from ..io import checkpoint
 from ..linear import CompressedLinear
-from ..policy import Coverage, plan
+from ..policy import Coverage, features, plan
 from ..progress import progress
 from ..recipe import ACTIVATIONS, Recipe
 
@@ -47,7 +48,7 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
         raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
     batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
     with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
-        errors = apply(model, coverage, recipe.activations, batches, lambda: bar.update())
+        errors = apply(model, coverage, recipe, batches, lambda: bar.update())
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
     set_activations(model, recipe.activations)
@@ -107,19 +108,61 @@ def estimate(directory: str | os.PathLike, recipe: Recipe | None = None) -> Cove
         raise CaloraError(f"{directory} is compressed already; estimate starts from the dense model")
     kept = [checkpoint.DTYPES[h.tensors[n].dtype] for n, h in headers.items()]
     dtype = next((d for d in kept if d.is_floating_point), torch.float32)
-    return plan(_build(directory, config, dtype), (recipe or Recipe()).resolve(calibrated=True))
+    return plan(_build(directory, model_class(config, directory).from_config, dtype), (recipe or Recipe()))
 
 
-def _build(directory: Path, config: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    """The model on the meta device."""
+def _build(directory: Path, make: Callable[..., nn.Module], dtype: torch.dtype) -> nn.Module:
+    """The model on the meta device. make: a class's ``from_config``."""
     from transformers import AutoConfig
 
-    auto = model_class(config, directory)
     try:
         with torch.device("meta"):
-            return auto.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
+            return make(AutoConfig.from_pretrained(directory), dtype=dtype)
     except Exception as error:  # a config can be wrong in any way
         raise CaloraError(f"transformers cannot build a model from {directory / checkpoint.CONFIG}: {_line(error)}") from error
+
+
+def packed_layers(directory: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """``format``, ``bits_per_weight`` (everything counted) and ``sparsity`` (share of weights that are not kept) of every
+    packed layer of a compressed model directory, by name; headers, shapes and scales are checked on the way.
+
+    Raises CaloraError for a directory that is no compressed model, or one that ``load`` would refuse for its packed tensors.
+    """
+    import transformers
+
+    from .transformers import CaloraConfig
+
+    directory = Path(directory)
+    config, headers = checkpoint.open_directory(directory)
+    recorded = config.get("quantization_config")
+    if not isinstance(recorded, dict):
+        raise CaloraError(f"{directory} is not a compressed model")
+    formats = CaloraConfig(**recorded)
+    names = config.get("architectures")
+    architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not hasattr(architecture, "_from_config"):
+        raise CaloraError(f"{directory / checkpoint.CONFIG} names no architecture of transformers; copy it again")
+    model = _build(directory, architecture._from_config, torch.float32)
+    found = {}
+    for key in headers:
+        name, _, kind = key.rpartition(".")
+        if kind != "packed":
+            continue
+        fmt, shape = formats.format(name), features(_module(model, name, directory))
+        checkpoint.check_packed(name, fmt, *shape, headers)
+        packed = {t: headers[f"{name}.{t}"].read(f"{name}.{t}").view(size) for t, size in fmt.tensors(*shape).items()}
+        found[name] = {
+            "format": str(fmt), "bits_per_weight": 8 * sum(t.numel() for t in packed.values()) / math.prod(shape),
+            "sparsity": 1 - fmt.kept(packed, *shape) / math.prod(shape),
+        }  # fmt: skip
+    return found
+
+
+def _module(model: nn.Module, name: str, directory: Path) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CaloraError(f"{directory} holds {name}.packed, which its config.json does not know; copy the model again") from None
 
 
 def load(directory: str | os.PathLike, **kwargs: Any) -> nn.Module:

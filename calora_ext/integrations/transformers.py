@@ -187,7 +187,7 @@ class CaloraQuantizer(HfQuantizer):
             return {}
         dense = model.get_submodule(name)
         dense.weight = nn.Parameter(weight, requires_grad=False)
-        layer = pack(name, dense, self.planned[name])
+        layer = pack(name, dense, self.planned[name], self.quantization_config.recipe)
         if getattr(dense, "bias", None) is not None:  # transformers would initialise what does not carry the mark
             layer.bias._is_hf_initialized = getattr(dense.bias, "_is_hf_initialized", False)
         model.set_submodule(name, layer)

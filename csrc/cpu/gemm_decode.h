@@ -4,6 +4,7 @@
 //   backward   lane = one of 32 columns, step = row of W (fp32) or 2 rows (bf16 pair); values are whole weights, because the
 //              sum runs over rows; in bf16 they are rounded, as a bf16 layer's are
 #pragma once
+#include "expand.h"
 #include "gemm_micro.h"
 
 namespace calora {
@@ -11,13 +12,21 @@ namespace {
 
 constexpr int64_t kChunkColumns = 128;
 
+// Columns [k, k + columns) of a block: codes in the dense layout, as they lie or expanded.
 template <class V>
-Block block_of(const Weight& w, int64_t tile, int64_t block) {
+Block block_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns) {
   Block b;
   const Geometry& g = w.g;
-  b.codes = w.packed + tile * g.tile_bytes + block * g.block_bytes;
-  b.columns = g.block_columns;
-  const uint8_t* scales = b.codes + code_bytes(w.values, g.block_columns);
+  const uint8_t* packed = w.packed + tile * g.tile_bytes + block * g.block_bytes;
+  b.columns = columns;
+  if (w.pattern == Pattern::dense) {
+    b.codes = packed + code_bytes(w.values, k);
+  } else {
+    uint8_t* codes = expanded_block(code_bytes(w.values, columns));
+    expand(w, tile, block, k, columns, codes);
+    b.codes = codes;
+  }
+  const uint8_t* scales = packed + g.block_bytes - kScaleBytes;
   const uint8_t* nibbles = w.zeros + (tile * g.blocks + block) * kZeroBytes;
   for (int n = 0; n < kTileRows; n += V::kLanes) {
     V::store(b.scale + n, has_scales(w.values) ? V::load_fp16(scales + 2 * n) : V::set1(1.0f));
@@ -29,6 +38,11 @@ Block block_of(const Weight& w, int64_t tile, int64_t block) {
     }
   }
   return b;
+}
+
+template <class V>
+Block block_of(const Weight& w, int64_t tile, int64_t block) {
+  return block_of<V>(w, tile, block, 0, w.g.block_columns);
 }
 
 // Columns [k, k + columns) of a block as fp32.
@@ -113,15 +127,14 @@ inline __m256i join_bf16(__m256 first, __m256 second) {
 // 256-bit vectors on every rung: each row is a few scattered words.
 template <class V, Values values, bool bf16>
 void decode_transposed(const Weight& w, int64_t tile, int64_t k, float* to) {
-  const Block b = block_of<V>(w, tile, k / w.g.block_columns);
-  const uint8_t* codes = b.codes + code_bytes(values, k % w.g.block_columns);
+  const Block b = block_of<V>(w, tile, k / w.g.block_columns, k % w.g.block_columns, kColumnAlign);
   auto word = [](const uint8_t* at) {
     int32_t v;
     std::memcpy(&v, at, sizeof v);
     return v;
   };
   auto weights = [&](int r, int c) {  // of row r, columns [c, c + 8)
-    const uint8_t* p = codes + 4 * r + code_bytes(values, c);
+    const uint8_t* p = b.codes + 4 * r + code_bytes(values, c);
     const __m256i zero = _mm256_set1_epi32(b.zero[r]);
     if constexpr (values == Values::bf16) {
       const __m128i pairs = _mm_setr_epi32(word(p), word(p + 128), word(p + 256), word(p + 384));

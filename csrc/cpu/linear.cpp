@@ -21,8 +21,8 @@ Pass pass_of(int64_t m, int64_t i) {
   return {begin, begin + base + (i < longer ? 1 : 0)};
 }
 
-// Rows of the workspace of every pass.
-int64_t workspace_rows(int64_t m) { return row_panels(pass_of(m, 0).end).padded_rows(); }
+// Rows of the workspace of every pass; decoding may compute on rows beyond m.
+int64_t workspace_rows(int64_t m) { return m <= kDecodeRows ? kDecodeRows : row_panels(pass_of(m, 0).end).padded_rows(); }
 
 class Carver {  // cuts a workspace into 64-byte aligned arrays, or only counts
  public:

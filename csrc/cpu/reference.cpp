@@ -47,23 +47,60 @@ uint16_t load16(const uint8_t* p) {
 // Code minus zero point, and scale, of one weight: column k of row n.
 struct Element { int code; float scale; };
 
+struct Place {  // of one weight in its tile
+  const uint8_t* block;
+  int64_t row, column;  // within the tile; within the block
+};
+
+Place place(const Weight& w, int64_t n, int64_t k) {
+  const int64_t block = k / w.g.block_columns;
+  return {w.packed + n / kTileRows * w.g.tile_bytes + block * w.g.block_bytes, n % kTileRows, k % w.g.block_columns};
+}
+
+// 2:4: which of the 16 elements of its turn a weight is, or -1 where it is not kept.
+int kept_element(const uint8_t* places, const Place& at) {
+  const int64_t c = at.column % kTurnColumns, element = c / 4 * 2;
+  const uint8_t* pair = places + 4 * at.row + element % 4;
+  const int64_t shift = element / 4 * 2;
+  const int first = pair[0] >> shift & 3, last = pair[1] >> shift & 3;
+  if (first <= last && first == c % 4) return static_cast<int>(element);
+  return first < last && last == c % 4 ? static_cast<int>(element) + 1 : -1;
+}
+
+int two_four_code(Values v, const Place& at) {
+  const uint8_t* turn = at.block + at.column / kTurnColumns * turn_bytes(v);
+  const int e = kept_element(turn + turn_bytes(v) - kPlaceBytes, at);
+  if (e < 0) return 0;
+  if (v == Values::int8) return static_cast<int8_t>(turn[e / 4 * 128 + 4 * at.row + e % 4]);
+  const uint8_t byte = turn[e / 8 * 128 + 4 * at.row + e % 4];
+  return ((e % 8 < 4 ? byte & 15 : byte >> 4) ^ 8) - 8;
+}
+
 Element element(const Weight& w, int64_t n, int64_t k) {
-  const int64_t tile = n / kTileRows, row = n % kTileRows, block = k / w.g.block_columns, c = k % w.g.block_columns;
-  const uint8_t* p = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes;
-  const float scale = from_fp16(load16(p + code_bytes(w.values, w.g.block_columns) + 2 * row));
-  if (w.values == Values::int8) return {p[c / 4 * 128 + 4 * row + c % 4] - kInt8Zero, scale};
-  const uint8_t byte = p[c / 8 * 128 + 4 * row + c % 4];
+  const Place at = place(w, n, k);
+  const int64_t c = at.column;
+  const float scale = from_fp16(load16(at.block + w.g.block_bytes - kScaleBytes + 2 * at.row));
+  if (w.pattern == Pattern::two_four) return {two_four_code(w.values, at), scale};
+  if (w.values == Values::int8) return {at.block[c / 4 * 128 + 4 * at.row + c % 4] - kInt8Zero, scale};
+  const uint8_t byte = at.block[c / 8 * 128 + 4 * at.row + c % 4];
   int zero = kInt4Zero;
   if (w.zeros) {
-    const uint8_t z = w.zeros[(tile * w.g.blocks + block) * kZeroBytes + row % 16];
-    zero = row < 16 ? z & 15 : z >> 4;
+    const uint8_t z = w.zeros[(n / kTileRows * w.g.blocks + k / w.g.block_columns) * kZeroBytes + at.row % 16];
+    zero = at.row < 16 ? z & 15 : z >> 4;
   }
   return {(c % 8 < 4 ? byte & 15 : byte >> 4) - zero, scale};
 }
 
+float bf16_value(const Weight& w, int64_t n, int64_t k) {
+  const Place at = place(w, n, k);
+  if (w.pattern == Pattern::dense) return from_bf16(load16(at.block + at.column / 2 * 128 + 4 * at.row + 2 * (at.column % 2)));
+  const uint8_t* turn = at.block + at.column / kTurnColumns * turn_bytes(w.values);
+  const int e = kept_element(turn + turn_bytes(w.values) - kPlaceBytes, at);
+  return e < 0 ? 0.0f : from_bf16(load16(turn + e / 2 * 128 + 4 * at.row + 2 * (e % 2)));
+}
+
 float value(const Weight& w, int64_t n, int64_t k) {
-  if (w.values == Values::bf16)
-    return from_bf16(load16(w.packed + n / kTileRows * w.g.tile_bytes + k / 2 * 128 + 4 * (n % kTileRows) + 2 * (k % 2)));
+  if (w.values == Values::bf16) return bf16_value(w, n, k);
   const Element e = element(w, n, k);
   return e.scale * static_cast<float>(e.code);
 }

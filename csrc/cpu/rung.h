@@ -4,6 +4,7 @@
 #pragma once
 #include "bank.h"
 #include "decode.h"
+#include "decode_sparse.h"
 #include "gemm.h"
 #include "prepare.h"
 
@@ -12,14 +13,16 @@ namespace {
 
 template <class V>
 void prepare_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
-  if (a.m <= kDecodeRows) prepare<V>(a, row_begin, row_end);
-  else prefill_prepare<V>(a, row_begin, row_end);
+  if (a.m > kDecodeRows) return prefill_prepare<V>(a, row_begin, row_end);
+  prepare<V>(a, row_begin, row_end);
+  if (a.w.pattern == Pattern::two_four && a.activations == Activations::int8) offset_x(a, row_begin, row_end);
 }
 
 template <class V>
 void units(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
-  if (a.m <= kDecodeRows) decode_tiles<V>(a, unit_begin, unit_end);
-  else gemm_units<V>(a, unit_begin, unit_end);
+  if (a.m > kDecodeRows) gemm_units<V>(a, unit_begin, unit_end);
+  else if (a.w.pattern == Pattern::dense) decode_tiles<V>(a, unit_begin, unit_end);
+  else decode_sparse<V>(a, unit_begin, unit_end);
 }
 
 void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) { kReference.decode_rows(w, begin, end, out); }

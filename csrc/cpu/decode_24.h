@@ -1,0 +1,148 @@
+// 2:4 with int8 activations, decode: the activations are shuffled to the kept weights, nothing is expanded.
+//
+// Floor per 8 columns of kLanes rows, in vector operations (codes and places are 12 bytes per lane and 32 columns):
+//   VNNI:  nibbles 1.5 (shift, and), places 1.75 (shift, and-or), sum of weights 1; per row of x shuffle 1, product 1
+//   so 6.25 operations for 50 bytes (int4 g128, 16 lanes, one row of x): at 2 operations a cycle 16 bytes a cycle, more than
+//   one core reads from memory. Dense int4 needs 5 operations for the same 128 weights, and 66 bytes.
+//   Without VNNI: a look-up makes the nibble signed (1), and each product costs a 16-bit sum (1).
+//
+// x comes as xq + 128 (offset_x): it is the unsigned side, because weights that activations are shuffled to have no sum of x
+// in common. What the offset adds, 128 * (sum of the kept weights of a row), leaves at the end of the block.
+#pragma once
+#include "../kernels.h"
+
+namespace calora {
+namespace {
+
+// The vector operations that only shuffling needs.
+inline __m256i shuffle8(__m256i bytes, __m256i by) { return _mm256_shuffle_epi8(bytes, by); }
+inline __m256i and_or(__m256i a, __m256i b, __m256i c) { return _mm256_or_si256(_mm256_and_si256(a, b), c); }
+inline __m256i add8(__m256i a, __m256i b) { return _mm256_add_epi8(a, b); }
+inline void repeat16(const void* p, __m256i& to) { to = _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p))); }
+inline void repeat8(int64_t v, __m256i& to) { to = _mm256_set1_epi64x(v); }
+#ifdef __AVX512F__
+inline __m512i shuffle8(__m512i bytes, __m512i by) { return _mm512_shuffle_epi8(bytes, by); }
+inline __m512i and_or(__m512i a, __m512i b, __m512i c) { return _mm512_ternarylogic_epi32(a, b, c, 0xea); }
+inline __m512i add8(__m512i a, __m512i b) { return _mm512_add_epi8(a, b); }
+inline void repeat16(const void* p, __m512i& to) { to = _mm512_broadcast_i32x4(_mm_load_si128(static_cast<const __m128i*>(p))); }
+inline void repeat8(int64_t v, __m512i& to) { to = _mm512_set1_epi64(v); }
+#endif
+
+// xq -> xq + 128, as unsigned bytes.
+inline void offset_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
+  for (int64_t i = row_begin * a.w.g.columns; i < row_end * a.w.g.columns; i += 32)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(a.xq + i),
+                        _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a.xq + i)), _mm256_set1_epi8(static_cast<char>(0x80))));
+}
+
+alignas(16) constexpr int8_t kSignedNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+
+template <class V, int M, Values values>
+struct TwoFourPath {
+  using I = typename V::I;
+  static constexpr int R = V::kTileRegs;
+  static constexpr int64_t kTurnBytes = turn_bytes(values);
+  // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
+  static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
+
+  struct Sums {
+    I products[M][R], weights[R];
+    void clear() {
+      for (auto& row : products)
+        for (auto& v : row) v = V::izero();
+      for (auto& v : weights) v = V::izero();
+    }
+  };
+
+  // One turn of one tile, G registers from `first` on.
+  template <int G>
+  __attribute__((always_inline)) static void multiply(const LinearArgs& a, const uint8_t* turn, int64_t k, int first, Sums& sums) {
+    const uint8_t* p = turn + first * V::kBytes;
+    I places[G], part[M][G], weights[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      places[g] = V::iload(p + kTurnBytes - kPlaceBytes + g * V::kBytes);
+      weights[g] = kSum16 ? V::izero() : sums.weights[first + g];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) part[m][g] = kSum16 ? V::izero() : sums.products[m][first + g];
+    }
+    substep<G, 0>(a, p, k, places, part, weights), substep<G, 1>(a, p, k, places, part, weights);
+    substep<G, 2>(a, p, k, places, part, weights), substep<G, 3>(a, p, k, places, part, weights);
+    const I one = V::iset1_16(1);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      // A turn's 16-bit sums: at most 4 * 2 * 255 * 8; of weights, as bytes: at most 4 * 8.
+      sums.weights[first + g] = kSum16 ? V::iadd(sums.weights[first + g], V::madd(V::maddubs(V::iset1_8(1), weights[g]), one)) : weights[g];
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        sums.products[m][first + g] = kSum16 ? V::iadd(sums.products[m][first + g], V::madd(part[m][g], one)) : part[m][g];
+    }
+  }
+
+  static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      auto scale = V::load_fp16(p + a.w.g.block_bytes - kScaleBytes + 2 * i * V::kLanes);
+      if constexpr (kTimes16) scale = V::mul(scale, V::set1(1.0f / 16));
+      const I offset = V::template shl32<7>(sums.weights[i]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        y[m][i] = V::fma(V::to_float(V::isub(sums.products[m][i], offset)), V::mul(scale, V::set1(a.x_scale[m * a.w.g.blocks + block])), y[m][i]);
+    }
+  }
+
+ private:
+  static constexpr bool kSum16 = !V::kVnni && values == Values::int4;
+
+  // Elements 4 i .. 4 i + 3 of every row as signed bytes.
+  template <int i>
+  static I elements(const uint8_t* p) {
+    if constexpr (values == Values::int8) return V::iload(p + i * 128);
+    const I line = V::iload(p + i / 2 * 128);
+    if constexpr (kTimes16) {
+      return V::iand(i % 2 ? line : V::template shl16<4>(line), V::iset1_8(static_cast<char>(0xf0)));
+    } else {
+      I table;
+      repeat16(kSignedNibbles, table);
+      return shuffle8(table, V::iand(i % 2 ? V::template shr16<4>(line) : line, V::iset1_8(15)));
+    }
+  }
+
+  // 8 columns. Bits 0 and 1 of a place pick a column of its group, bit 2 the group; what lies above bit 2 picks one of equals.
+  template <int G, int i>
+  __attribute__((always_inline)) static void substep(const LinearArgs& a, const uint8_t* p, int64_t k, const I (&places)[G], I (&part)[M][G],
+                                                     I (&weights)[G]) {
+    I w[G], at[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      w[g] = elements<i>(p + g * V::kBytes);
+      at[g] = and_or(i ? V::template shr16<2 * i>(places[g]) : places[g], V::iset1_8(3), V::iset1(0x04040000));
+      if constexpr (kSum16) weights[g] = add8(weights[g], w[g]);
+      else if constexpr (V::kVnni) weights[g] = V::dot(weights[g], V::iset1_8(1), w[g]);
+      else weights[g] = V::iadd(weights[g], V::madd(V::maddubs(V::iset1_8(1), w[g]), V::iset1_16(1)));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      int64_t eight;
+      std::memcpy(&eight, a.xq + m * a.w.g.columns + k + 8 * i, sizeof eight);
+      I x;
+      repeat8(eight, x);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        const I met = shuffle8(x, at[g]);
+        if constexpr (V::kVnni) part[m][g] = V::dot(part[m][g], met, w[g]);
+        else if constexpr (kSum16) part[m][g] = V::iadd16(part[m][g], V::maddubs(met, w[g]));
+        else part[m][g] = V::iadd(part[m][g], halves(met, w[g]));
+      }
+    }
+  }
+
+  // vpmaddubsw saturates at 255 * 127 * 2: even and odd bytes as 16-bit halves do not.
+  static I halves(I x, I w) {
+    const I even = V::madd(V::iand(x, V::iset1_16(0xff)), V::template sar16<8>(V::template shl16<8>(w)));
+    return V::iadd(even, V::madd(V::template shr16<8>(x), V::template sar16<8>(w)));
+  }
+};
+
+}  // namespace
+}  // namespace calora

@@ -1,0 +1,15 @@
+// Sparse weights -> the codes of the dense layout of the same value type. Prefill, backward and the exact kernels then need
+// to know nothing of patterns: expanding is the only thing that differs between formats.
+#pragma once
+#include "../kernels.h"
+
+namespace calora {
+
+// Columns [k, k + columns) of a block of a tile, both multiples of kColumnAlign, as steps of 128 bytes (layouts.h); what is
+// not kept gets the middle code. AVX2 on every SIMD rung.
+void expand(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes);
+
+// 64-byte aligned memory of the calling thread for the codes of one block; valid until it is asked for again.
+uint8_t* expanded_block(int64_t bytes);
+
+}  // namespace calora
