@@ -55,21 +55,22 @@ class CompressedLinear(nn.Linear):
     """Drop-in for nn.Linear with a packed weight and a low-rank bank (LoRA + recovery) beside it.
 
     in_features, out_features: as in nn.Linear. bias: whether there is one. fmt: the weight format. dtype: what
-    ``.weight.dtype`` reports and the bias is stored in. The packed tensors (uint8) are buffers named by ``fmt.tensors``;
+    ``.weight.dtype`` reports and the bias is stored in. extent: see ``WeightFormat.tensors``. The packed tensors (uint8) are buffers named by ``fmt.tensors``;
     they start uninitialised: use :meth:`from_linear`, or load a state dict.
     """
 
     read_only = "CompressedLinear.weight is a decoded, read-only view; merge adapters with calora_ext.merge_adapter"
     changed = False  # whether an adapter was merged into it since it was compressed, loaded or saved
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, dtype=None, device=None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, fmt: WeightFormat, dtype=None, device=None,
+                 extent: int = 0) -> None:  # fmt: skip
         nn.Module.__init__(self)  # not nn.Linear's: there is no dense weight
         self.in_features, self.out_features = in_features, out_features
         self.format = fmt
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.activations = "int8"
         self.bank: nn.Module | None = None  # lowrank.LowRankBank once an adapter is loaded
-        for name, shape in fmt.tensors(in_features, out_features).items():
+        for name, shape in fmt.tensors(in_features, out_features, extent).items():
             self.register_buffer(name, torch.empty(shape, dtype=torch.uint8, device=device))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device), requires_grad=False)
@@ -146,7 +147,7 @@ class CompressedLinear(nn.Linear):
         return self
 
     def extra_repr(self) -> str:
-        bits = self.format.bits_per_weight(self.in_features, self.out_features)
+        bits = 8 * sum(t.numel() for t in self.packed_tensors().values()) / (self.in_features * self.out_features)
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -65,6 +65,11 @@ class Coverage:
     @property
     def compressed_parameters(self) -> int:
         return sum(e.parameters for e in self.entries if e.format is not None)
+
+    def with_sizes(self, model: nn.Module) -> Coverage:
+        """The same with the bytes that the compressed modules of a model take: those of unstructured weights were expected."""
+        sizes = {name: sum(t.nbytes for t in m.state_dict().values()) for name, m in model.named_modules() if name in self.formats}
+        return Coverage([replace(e, nbytes=sizes[e.name]) if e.name in sizes else e for e in self.entries])
 
     def rows(self) -> list[dict]:
         """The entries grouped over the layers (``model.layers.*.mlp.up_proj``), as table rows."""
@@ -196,7 +201,7 @@ def _entry(name: str, module: nn.Module, role: str, recipe: Recipe, reason: str)
         return Entry(name, role, parameters, dense, dense, None, reason)
     fmt = recipe.format(role)
     bias = getattr(module, "bias", None)
-    nbytes = fmt.nbytes(*features(module)) + (bias.numel() * bias.element_size() if bias is not None else 0)
+    nbytes = fmt.nbytes(*features(module), recipe.density) + (bias.numel() * bias.element_size() if bias is not None else 0)
     return Entry(name, role, parameters, dense, nbytes, fmt)
 
 

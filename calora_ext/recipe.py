@@ -14,7 +14,6 @@ from .formats.values import VALUES
 from .pruning import magnitude
 
 DEFAULT_GROUP, DEFAULT_SPARSE_GROUP = 64, 128
-PATTERNS = ("2:4",)
 PRUNERS = ("magnitude",)
 LATER = {"pruner": ("wanda", "sparsegpt"), "rates": ("rmi", "owl", "arithmetic")}
 ROUNDINGS = ("rtn", "gptq")
@@ -30,8 +29,8 @@ class Recipe:
     symmetric: False stores a zero point per int4 group of a dense weight.
     rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data); default gptq when
     calibration data is given, rtn otherwise.
-    sparsity: which weights of the linear layers are kept: ``"2:4"``, two of every four along a row; None keeps all. The head
-    and the embeddings stay dense.
+    sparsity: which weights of the linear layers are kept: ``"2:4"``, two of every four along a row; a number from 0 to 1, the
+    share of every layer's weights that is not kept; None keeps all. The head and the embeddings stay dense.
     pruner: what chooses them: ``"magnitude"``, the default, keeps the largest.
     rates: ``"uniform"``: every layer is equally sparse.
     activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
@@ -79,10 +78,10 @@ class Recipe:
             return
         if self.pruner is not None:
             _choose("pruner", self.pruner, PRUNERS)
-        if isinstance(self.sparsity, str):
-            _choose("sparsity", self.sparsity, PATTERNS)
-        else:
-            raise CaloraError(f"sparsity={self.sparsity!r} is not in this version; use '2:4'")
+        if isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool) and 0 <= self.sparsity <= 1:
+            object.__setattr__(self, "sparsity", float(self.sparsity))
+        elif self.sparsity != "2:4":
+            raise CaloraError(f"sparsity must be '2:4' or the share of weights to remove, from 0 to 1; got {self.sparsity!r}")
         if self.symmetric is False:
             raise CaloraError("symmetric=False has no meaning for sparse weights, which have no zero points; leave it out")
         if self.rounding == "gptq":
@@ -130,7 +129,7 @@ class Recipe:
     def format(self, role: str = "linear") -> WeightFormat | None:
         """The weight format of a ``"linear"``, the ``"lm_head"`` or the ``"embeddings"``; None: it stays dense."""
         if role == "linear":
-            pattern = "dense" if self.sparsity is None else self.sparsity
+            pattern = "dense" if self.sparsity is None else "2:4" if self.sparsity == "2:4" else "unstructured"
             return WeightFormat(self.weights, self.group_size, self.symmetric, pattern)
         values = self.lm_head if role == "lm_head" else self.embeddings
         if values is None:
@@ -138,6 +137,11 @@ class Recipe:
         if not VALUES[values].grouped:
             return WeightFormat(values)
         return WeightFormat(values, self.group_size if VALUES[self.weights].grouped else DEFAULT_GROUP, self.symmetric)
+
+    @property
+    def density(self) -> float:
+        """Share of the weights of a linear layer that are kept."""
+        return 1.0 if self.sparsity is None else 0.5 if self.sparsity == "2:4" else 1 - self.sparsity
 
     def mask(self, weight: Tensor) -> Tensor | None:
         """The weights (out, in) of a linear layer that the pruner keeps; None: all."""

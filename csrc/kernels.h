@@ -45,6 +45,17 @@ struct Weight {
   Values values;
   int64_t in_features, out_features;
   Geometry g;
+  const uint8_t* kept = nullptr;     // of an unstructured weight, see layouts.h; the last chunk may start at kept_limit
+  const uint8_t* offsets = nullptr;
+  int64_t kept_limit = 0;
+
+  // The kept codes of chunk c of a tile. A damaged offset gives other codes, never an address outside.
+  const uint8_t* chunk(int64_t tile, int64_t c) const {
+    uint32_t unit;
+    __builtin_memcpy(&unit, offsets + 4 * (tile * g.chunks() + c), sizeof unit);
+    const int64_t start = kOffsetUnit * static_cast<int64_t>(unit);
+    return kept + (start < kept_limit ? start : kept_limit);
+  }
 };
 
 struct Bank {

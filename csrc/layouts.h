@@ -39,6 +39,20 @@
 //     Why places and not a mask of equal size: one byte shuffle by the places picks the activations that meet the kept
 //     weights, which then need no expanding; why 8 columns share a 32-bit lane: a broadcast of 8 int8 activations is one load.
 //
+//   unstructured (bitmask): a block holds a bit per weight, then its scales; what is kept lies in two tensors of its own.
+//     A chunk is 32 columns of a tile. Bits of a chunk, 128 bytes, in the order in which registers take codes:
+//       int4, int8: bit 128 s + 4 r + b = (row r, column 4 s + b)      bf16: bit 64 s + 2 r + b = (row r, column 2 s + b)
+//     kept:  chunk 0 | chunk 1 | ... (of tile 0, then tile 1 ...), each padded to a multiple of 8 bytes, then a tail
+//       int8, bf16: the dense code of each bit that is set, one after the other
+//       int4: byte i: low nibble = the i-th set bit of the even steps s, high nibble = the i-th of the odd steps
+//     offsets: 4 bytes a chunk: where it starts in kept, in units of 8 bytes; padded to 64 at the end
+//        bits    +--------+--------+--------+   128 bytes each          kept   +----+------+---+-----+------+-- ... --+
+//                | 0      | 1      | 2      |                                  | 0  | 1    | 2 | ... |      | tail    |
+//                +--------+--------+--------+                                  +----+------+---+-----+------+-- ... --+
+//     The tail is as long as the longest chunk and 64 bytes: a kernel that starts a chunk no later than kept_limit()
+//     and then follows the bits, whatever they are, cannot leave the tensor. So nothing in a damaged file leads outside.
+//     Why the bits apart from the codes: masks stay aligned words at a fixed stride, and a chunk's codes need no alignment.
+//
 // Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
 // one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
 // Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
@@ -57,7 +71,7 @@ constexpr int kInt4Zero = 8;
 constexpr int kInt8Zero = 128;
 
 // A format is a pair; its number is 16 * pattern + values (calora_ext/formats/layout.py holds the same table).
-enum class Pattern : int { dense = 0, two_four = 1 };
+enum class Pattern : int { dense = 0, two_four = 1, bitmask = 2 };
 enum class Values : int { bf16 = 0, int8 = 1, int4 = 2 };
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -71,9 +85,14 @@ constexpr int64_t code_bytes(Values v, int64_t columns) {
 constexpr int64_t kTurnColumns = 32, kPlaceBytes = 4 * kTileRows;
 constexpr int64_t turn_bytes(Values v) { return code_bytes(v, kTurnColumns) / 2 + kPlaceBytes; }
 
-// The same in any pattern.
+// Unstructured: the chunk, 32 columns of a tile, and where the last one may start in `bytes` bytes of kept codes.
+constexpr int64_t kChunkBits = kTurnColumns * kTileRows, kMaskBytes = kChunkBits / 8, kOffsetUnit = 8;
+constexpr int64_t kept_limit(Values v, int64_t bytes) { return bytes - code_bytes(v, kTurnColumns) - kTileAlign; }
+
+// Bytes of `columns` columns of a block in any pattern, scales apart.
 constexpr int64_t code_bytes(Pattern p, Values v, int64_t columns) {
-  return p == Pattern::two_four ? columns / kTurnColumns * turn_bytes(v) : code_bytes(v, columns);
+  if (p == Pattern::two_four) return columns / kTurnColumns * turn_bytes(v);
+  return p == Pattern::bitmask ? columns / kTurnColumns * kMaskBytes : code_bytes(v, columns);
 }
 constexpr bool has_scales(Values v) { return v != Values::bf16; }
 
@@ -82,6 +101,8 @@ struct Geometry {
   int64_t tiles, columns, block_columns, blocks, block_bytes, tile_bytes;
   constexpr int64_t bytes() const { return tiles * tile_bytes; }
   constexpr int64_t zeros_bytes() const { return round_up(tiles * blocks * kZeroBytes, kTileAlign); }
+  constexpr int64_t chunks() const { return columns / kTurnColumns; }  // of a tile
+  constexpr int64_t offsets_bytes() const { return round_up(tiles * chunks() * 4, kTileAlign); }
 };
 
 constexpr Geometry geometry(Pattern p, Values v, int64_t in_features, int64_t out_features, int64_t group_size) {
@@ -103,6 +124,7 @@ constexpr int64_t milli_bits(Pattern p, Values v, int64_t group) {  // of a weig
 static_assert(milli_bits(Pattern::dense, Values::int4, 128) == 4125 && milli_bits(Pattern::dense, Values::int4, 64) == 4250);
 static_assert(milli_bits(Pattern::two_four, Values::int4, 128) == 3125 && milli_bits(Pattern::two_four, Values::int4, 64) == 3250);
 static_assert(milli_bits(Pattern::two_four, Values::int8, -1) == 5003 && milli_bits(Pattern::two_four, Values::bf16, -1) == 9000);
+static_assert(milli_bits(Pattern::bitmask, Values::int4, 128) == 1125 && milli_bits(Pattern::bitmask, Values::bf16, -1) == 1000);
 static_assert(geometry(Pattern::dense, Values::int8, 97, 33, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
 static_assert(geometry(Pattern::two_four, Values::bf16, 1, 1, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
 

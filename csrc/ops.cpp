@@ -39,8 +39,8 @@ DType dtype_of(const Tensor& t, const char* what) {
 
 Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features,
                  int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::two_four) && format % 16 <= static_cast<int>(Values::int4),
-                  "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4, each dense or 2:4");
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::bitmask) && format % 16 <= static_cast<int>(Values::int4),
+                  "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4, each dense, 2:4 or unstructured");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
@@ -49,9 +49,10 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
-  const bool zeros = packed.size() == 2;
-  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4 && pattern == Pattern::dense),
-                  "calora: expected the packed weight (and for dense int4 optionally its zero points), got ", packed.size(), " tensors");
+  const bool zeros = packed.size() == 2, bitmask = pattern == Pattern::bitmask;
+  STD_TORCH_CHECK(packed.size() == (bitmask ? 3 : 1) || (zeros && values == Values::int4 && pattern == Pattern::dense),
+                  "calora: expected the packed weight (for dense int4 optionally its zero points, for unstructured weights offsets "
+                  "and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_cpu() && t.is_contiguous(),
                     "calora: packed tensors must be contiguous uint8 CPU tensors");
@@ -59,11 +60,21 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
                   " x ", in_features, " layer of this format needs ", g.bytes());
   STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ",
                   zeros ? packed[1].numel() : 0, " bytes, expected ", g.zeros_bytes());
+  STD_TORCH_CHECK(!bitmask || packed[1].numel() == g.offsets_bytes(), "calora: the offsets have ", bitmask ? packed[1].numel() : 0,
+                  " bytes, expected ", g.offsets_bytes());
+  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[2].numel()) >= 0, "calora: the kept codes have ",
+                  bitmask ? packed[2].numel() : 0, " bytes, too few for their tail");
   // A file without the 64-byte alignment is loaded by copying; a misaligned pointer never reaches a kernel.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed[0].data_ptr()) % kTileAlign == 0,
                   "calora: the packed weight is not 64-byte aligned; .clone() it");
-  return {static_cast<const uint8_t*>(packed[0].data_ptr()),
-          zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, pattern, values, in_features, out_features, g};
+  Weight w{static_cast<const uint8_t*>(packed[0].data_ptr()),
+           zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, pattern, values, in_features, out_features, g};
+  if (bitmask) {
+    w.offsets = static_cast<const uint8_t*>(packed[1].data_ptr());
+    w.kept = static_cast<const uint8_t*>(packed[2].data_ptr());
+    w.kept_limit = kept_limit(values, packed[2].numel());
+  }
+  return w;
 }
 
 Bank bank_of(const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t identity_rank, int64_t in_features,

@@ -16,6 +16,9 @@ DENSE = [
 SPARSE = [
     WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"), WeightFormat("int4", -1, pattern="2:4"),
     WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
+    WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 128, pattern="unstructured"),
+    WeightFormat("int4", -1, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
+    WeightFormat("bf16", pattern="unstructured"),
 ]  # fmt: skip
 FORMATS = DENSE + SPARSE
 

@@ -347,7 +347,7 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("recipe", "mutations"), [(cx.Recipe(), 330), (cx.Recipe(sparsity="2:4"), 110)], ids=["dense", "2:4"])
+@pytest.mark.parametrize(("recipe", "mutations"), [(cx.Recipe(), 330), (cx.Recipe(sparsity="2:4"), 110), (cx.Recipe(sparsity=0.6), 110)], ids=["dense", "2:4", "0.6"])
 def test_mutated_directories_end_in_one_sentence_or_in_valid_data(recipe, mutations, tmp_path):
     """CaloraError in one sentence, or a model whose weights are all there and finite, and that runs."""
     saved = tmp_path / "saved"

@@ -105,7 +105,7 @@ def test_compressed_directory_is_complete(world):
     [
         (["--weights", "int5"], ["int5", "int4"]),
         (["--sparsity", "1:4"], ["1:4", "2:4"]),
-        (["--sparsity", "0.7"], ["sparsity=0.7 is not in this version"]),
+        (["--sparsity", "7"], ["7.0", "from 0 to 1"]),
         (["--sparsity", "2:4", "--pruner", "wanda"], ["pruner='wanda' is not in this version"]),
         (["--pruner", "wanda"], ["pruner"]),
         (["--group-size", "48"], ["group_size", "48"]),
@@ -350,6 +350,18 @@ def test_sparse_from_estimate_to_inspect(calora, world, tmp_path):
     assert rows["lm_head.packed"]["format"] == "int8" and rows["lm_head.packed"]["sparsity"] == 0.0
     assert "format" not in rows["model.norm.weight"]
     assert calora("generate", tmp_path / "sparse", "--prompt", "the cat", "--max-new-tokens", 2).code == 0
+    assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
+
+
+def test_unstructured_from_compress_to_inspect(calora, world, tmp_path):
+    done = calora("compress", world / "dense", "-o", tmp_path / "sparse", "--sparsity", 0.7, "--weights", "int8")
+    assert done.json["recipe"]["sparsity"] == 0.7 and done.json["recipe"]["pruner"] == "magnitude"
+    assert sum(row["bytes"] for row in done.json["coverage"]["modules"]) == done.json["coverage"]["bytes"] == done.json["bytes_after"]
+    rows = {row["name"]: row for row in calora("inspect", tmp_path / "sparse").json}
+    q = rows["model.layers.0.self_attn.q_proj.packed"]
+    assert q["format"] == "int8 unstructured" and q["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    stored = sum(rows[f"model.layers.0.self_attn.q_proj.{name}"]["bytes"] for name in ("packed", "offsets", "kept"))
+    assert q["bits_per_weight"] == 8 * stored / cx.load(tmp_path / "sparse").model.layers[0].self_attn.q_proj.weight.numel()
     assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
 
 

@@ -52,9 +52,10 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
 @each_shape
 def test_bytes_are_those_of_layouts_h(fmt, shape):
     out, in_ = shape
-    packed, zeros = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
+    packed, zeros, offsets = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
     sizes = {name: t.numel() for name, t in pack(fmt, torch.randn(shape)).items()}
-    assert sizes == {"packed": packed} | ({} if fmt.symmetric else {"zeros": zeros})
+    assert sizes["packed"] == packed and sizes.get("zeros") in (None, zeros) and sizes.get("offsets") in (None, offsets)
+    assert ("zeros" in sizes) == (not fmt.symmetric) and ("offsets" in sizes) == ("kept" in sizes) == (fmt.pattern == "unstructured")
     assert all(size % 64 == 0 for size in sizes.values())
 
 
@@ -107,6 +108,18 @@ def test_zero_and_extreme_weights(fmt):
     assert torch.isfinite(fmt.decode(fmt.pack(w), 70, 5)).all()
 
 
+@pytest.mark.parametrize(
+    ("values", "group", "sparsity", "bits"),
+    [("int4", 128, 0.5, 3.30), ("int4", 128, 0.7, 2.50), ("int4", 64, 0.5, 3.45), ("int4", 64, 0.7, 2.65), ("int8", -1, 0.7, 3.60),
+     ("bf16", -1, 0.5, 9.1)],
+)  # fmt: skip
+def test_bits_per_weight_of_unstructured_weights(values, group, sparsity, bits):
+    fmt, weight = WeightFormat(values, group, pattern="unstructured"), torch.randn(1024, 1024, generator=torch.Generator().manual_seed(6))
+    packed = fmt.pack(weight, magnitude(weight, sparsity))
+    took = 8 * sum(t.numel() for t in packed.values()) / weight.numel()
+    assert took <= bits and fmt.bits_per_weight(1024, 1024, 1 - sparsity) == pytest.approx(took, rel=0.01)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
 @pytest.mark.parametrize("fmt", SPARSE, ids=str)
 def test_the_zero_pattern_is_the_mask_bit_for_bit(fmt, density):
@@ -136,6 +149,73 @@ def test_magnitude_keeps_the_two_largest_of_four():
             best = sorted(range(len(group)), key=lambda c: (-group[c].item(), c))[:2]
             want = [c in best and group[c] > 0 for c in range(len(group))]
             assert mask[row, first : first + 4].tolist() == want
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.7, 1.0])
+def test_magnitude_keeps_the_largest_share_of_a_matrix(sparsity):
+    weight = torch.randn(40, 50, generator=torch.Generator().manual_seed(5))
+    mask = magnitude(weight, sparsity)
+    assert mask.sum() == round((1 - sparsity) * 2000)
+    assert sparsity in (0.0, 1.0) or weight.abs()[mask].min() > weight.abs()[~mask].max()
+    equal = magnitude(torch.ones(40, 50), sparsity)  # of equals the first
+    assert equal.view(-1)[: mask.sum()].all() and equal.sum() == mask.sum()
+    assert not magnitude(torch.zeros(4, 5), sparsity).any()
+
+
+@pytest.mark.parametrize("values", ["int4", "int8", "bf16"])
+def test_rows_cost_what_they_hold(values):
+    """Empty and wholly dense rows and tiles in one matrix."""
+    torch.manual_seed(7)
+    fmt, weight = WeightFormat(values, -1, pattern="unstructured"), torch.randn(128, 256)
+    mask = torch.zeros(128, 256, dtype=torch.bool)
+    mask[5], mask[64:96] = True, True
+    packed = fmt.pack(weight, mask)
+    codes = {"int4": 0.5, "int8": 1, "bf16": 2}[values]
+    tail = packed["kept"].numel() - 33 * 256 * codes
+    assert 64 <= tail <= 1024 * codes + 2 * 64 + 8 * 32  # a few rows share their bytes' other halves with none
+    assert torch.equal(fmt.unpack(packed, 256, 128).mask, mask)
+    x = torch.randn(3, 256)
+    y = ops.linear(x, list(packed.values()), fmt, 256, 128, activations="exact")
+    assert not y[:, :5].any() and not y[:, 6:64].any() and not y[:, 96:].any()
+    torch.testing.assert_close(y, x @ fmt.decode(packed, 256, 128).t(), rtol=1e-5, atol=1e-5)
+
+
+def damage(packed, name, change):
+    return {**packed, name: change(packed[name].clone())}
+
+
+@pytest.mark.parametrize("fmt", [f for f in SPARSE if f.pattern == "unstructured"], ids=str)
+def test_damaged_unstructured_weights_are_refused_and_lead_nowhere(fmt):
+    """check() finds what no mask can mean; and the kernels, given it all the same, stay inside."""
+    out, in_ = 97, 130
+    packed = pack(fmt, torch.randn(out, in_, generator=torch.Generator().manual_seed(8)))
+    fill = lambda value: lambda t: t.fill_(value)  # noqa: E731
+    for name, change, message in (
+        ("offsets", fill(255), "offsets"), ("offsets", lambda t: t.flip(0), "offsets"), ("kept", lambda t: t[:-64], "asks for"),
+        ("kept", lambda t: torch.cat((t, t)), "asks for"), ("kept", lambda t: t[:-1], "another model or is damaged"),
+        ("offsets", lambda t: t[:-64], "another model or is damaged"),
+    ):  # fmt: skip
+        with pytest.raises(CaloraError, match=message):
+            fmt.decode(damage(packed, name, change), in_, out)
+    g = fmt.geometry(in_, out)
+    wrong = packed["packed"].clone()
+    wrong.view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes] = 255
+    with pytest.raises(CaloraError, match="offsets"):
+        fmt.decode({**packed, "packed": wrong}, in_, out)
+    before = ops.native.isa()
+    for isa in ops.native.available():
+        ops.native.set_isa(isa)
+        for bad in (damage(packed, "offsets", fill(255)), {**packed, "packed": wrong}, damage(packed, "offsets", fill(1)) | {"packed": wrong}):
+            tensors = list(bad.values())
+            for m in (1, 3, 20):
+                for activations in ("exact", "int8"):
+                    ops.linear(torch.randn(m, in_), tensors, fmt, in_, out, activations=activations)
+            torch.ops.calora.linear_dx(torch.randn(3, out), tensors, fmt.id, in_, out, fmt.group_size)
+        with pytest.raises(RuntimeError, match="too few"):
+            ops.decode([*tensors[:2], tensors[2][:64]], fmt, in_, out)
+        with pytest.raises(RuntimeError, match="offsets have"):
+            ops.decode([tensors[0], tensors[1][:-64], tensors[2]], fmt, in_, out)
+    ops.native.set_isa(before)
 
 
 def test_bad_masks_are_refused_in_a_sentence():

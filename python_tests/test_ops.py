@@ -7,7 +7,7 @@ from formats_table import pack
 from calora_ext import CompressedLinear, WeightFormat, ops
 
 FMT = WeightFormat("int4", 64)
-each_pattern = pytest.mark.parametrize("fmt", [FMT, WeightFormat("int4", 64, pattern="2:4")], ids=str)
+each_pattern = pytest.mark.parametrize("fmt", [FMT, WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int8", pattern="unstructured")], ids=str)
 
 
 def arguments(m=3, in_=100, out=70, rank=12, identity_rank=8, dtype=torch.float32, grad=False, fmt=FMT):
@@ -83,6 +83,7 @@ def test_float16_input_is_computed_and_returned():
         ({1: [torch.zeros(5, dtype=torch.uint8)]}, "has 5 bytes"),
         ({2: 99}, "unknown weight format"),
         ({2: 16 + 2}, "a 70 x 100 layer of this format needs"),
+        ({2: 32 + 2}, "offsets and kept codes"),
         ({2: -1}, "unknown weight format"),
         ({3: -1}, "unsupported layer size"),
         ({5: 7}, "group_size"),

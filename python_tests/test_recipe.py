@@ -19,6 +19,7 @@ def test_defaults_are_the_stated_ones():
     sparse = Recipe(sparsity="2:4")
     assert sparse.format() == WeightFormat("int4", 128, pattern="2:4") and sparse.format("lm_head") == WeightFormat("int8")
     assert sparse.resolve(calibrated=False).pruner == "magnitude" and sparse.resolve(calibrated=False).rounding == "rtn"
+    assert Recipe(sparsity=0.7).format() == WeightFormat("int4", 128, pattern="unstructured") and Recipe(sparsity=0.75).density == 0.25
     assert Recipe(sparsity="2:4", group_size=64).format() == WeightFormat("int4", 64, pattern="2:4")
 
 
@@ -29,9 +30,12 @@ def test_defaults_are_the_stated_ones():
         ({"weights": "nf4"}, "weights='nf4' is not in this version"),
         ({"weights": None}, "unknown weights None"),
         ({"weights": ["int4"]}, "unknown weights"),
-        ({"sparsity": "1:4"}, "unknown sparsity '1:4'"),
-        ({"sparsity": 0.7}, "sparsity=0.7 is not in this version"),
-        ({"sparsity": ["2:4"]}, "sparsity=.* is not in this version"),
+        ({"sparsity": "1:4"}, "sparsity must be '2:4' or .* got '1:4'"),
+        ({"sparsity": 1.5}, "from 0 to 1; got 1.5"),
+        ({"sparsity": float("nan")}, "from 0 to 1; got nan"),
+        ({"sparsity": True}, "from 0 to 1; got True"),
+        ({"sparsity": ["2:4"]}, "sparsity must be"),
+        ({"sparsity": 0.7, "pruner": "sparsegpt"}, "pruner='sparsegpt' is not in this version"),
         ({"sparsity": "2:4", "pruner": "wanda"}, "pruner='wanda' is not in this version"),
         ({"sparsity": "2:4", "pruner": "random"}, "unknown pruner 'random'"),
         ({"sparsity": "2:4", "rates": {"lm_head": 0.5}}, "rates=.* is not in this version"),
@@ -69,7 +73,7 @@ def test_gptq_needs_calibration():
 def test_json_round_trip():
     for recipe in (
         Recipe(group_size=128, symmetric=False, rounding="gptq", embeddings="int8", skip=["down_proj"]),
-        Recipe(weights="int8", sparsity="2:4", pruner="magnitude"),
+        Recipe(weights="int8", sparsity="2:4", pruner="magnitude"), Recipe(weights="int8", sparsity=1),
     ):
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 

@@ -19,13 +19,14 @@ def compressed_modules(model: nn.Module) -> dict[str, Compressed]:
     return {name: m for name, m in model.named_modules() if isinstance(m, Compressed)}
 
 
-def empty(module: nn.Module, fmt: WeightFormat) -> Compressed:
-    """The compressed counterpart of a dense module on the meta device, to be filled from a checkpoint."""
+def empty(module: nn.Module, fmt: WeightFormat, extent: int = 0) -> Compressed:
+    """The compressed counterpart of a dense module on the meta device, to be filled from a checkpoint; extent as in
+    ``WeightFormat.tensors``."""
     in_features, out_features = features(module)
     dtype = module.weight.dtype
     if isinstance(module, nn.Embedding):
         return CompressedEmbedding(out_features, in_features, fmt, module.padding_idx, dtype, "meta")
-    return CompressedLinear(in_features, out_features, module.bias is not None, fmt, dtype, "meta")
+    return CompressedLinear(in_features, out_features, module.bias is not None, fmt, dtype, "meta", extent)
 
 
 def pack(name: str, module: nn.Module, fmt: WeightFormat, recipe: Recipe, packed: dict[str, Tensor] | None = None) -> Compressed:

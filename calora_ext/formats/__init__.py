@@ -14,15 +14,16 @@ from torch.nn.functional import pad
 
 from ..errors import CaloraError
 from . import layout
+from .bitmask import Bitmask
 from .dense import Dense
 from .layout import LAYOUT_VERSION, Geometry
 from .two_four import TwoFour
 from .values import VALUES, Quantized
 
-PATTERNS = {p.name: p for p in (Dense, TwoFour)}
+PATTERNS = {p.name: p for p in (Dense, TwoFour, Bitmask)}
 CHUNK = 1 << 22  # weights that are rounded at a time
 
-__all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat"]
+__all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat", "extent_of"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class WeightFormat:
 
     values: ``"int4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1 for
     one scale per row; only int4 has groups. symmetric: False stores a zero point per group (dense int4 only).
-    pattern: ``"dense"``, or ``"2:4"``: at most two of every four weights along a row are kept, the others are 0.
+    pattern: ``"dense"``; ``"2:4"``: at most two of every four weights along a row are kept, the others are 0; or
+    ``"unstructured"``: any are kept, and the size depends on how many.
     Raises :class:`CaloraError` for a combination without meaning.
     """
 
@@ -74,20 +76,26 @@ class WeightFormat:
     def geometry(self, in_features: int, out_features: int) -> Geometry:
         return Geometry(self.values, in_features, out_features, self.group_size, self.pattern)
 
-    def tensors(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the packed tensors of a layer, all uint8, in the order the operators take them."""
+    def tensors(self, in_features: int, out_features: int, extent: int = 0) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the packed tensors of a layer, all uint8, in the order the operators take them.
+
+        extent: bytes of the last one where the pattern decides them (``extent_of`` a layer's tensors).
+        """
         g = self.geometry(in_features, out_features)
         shapes: dict[str, tuple[int, ...]] = {"packed": g.packed_shape}
         if not self.symmetric:
             shapes["zeros"] = g.zeros_shape
-        return shapes
+        return shapes | PATTERNS[self.pattern].shapes(g, extent)
 
-    def nbytes(self, in_features: int, out_features: int) -> int:
-        """Bytes on disk and in RAM, scales, zero points and padding included."""
-        return sum(torch.Size(shape).numel() for shape in self.tensors(in_features, out_features).values())
+    def nbytes(self, in_features: int, out_features: int, density: float = 1.0) -> int:
+        """Bytes on disk and in RAM, scales, zero points and padding included. density: share of the weights that an
+        unstructured weight keeps, for which this is what to expect, not what a given mask takes."""
+        g = self.geometry(in_features, out_features)
+        extent = Bitmask.expected_extent(g, density) if self.pattern == Bitmask.name else 0
+        return sum(torch.Size(shape).numel() for shape in self.tensors(in_features, out_features, extent).values())
 
-    def bits_per_weight(self, in_features: int, out_features: int) -> float:
-        return 8 * self.nbytes(in_features, out_features) / (in_features * out_features)
+    def bits_per_weight(self, in_features: int, out_features: int, density: float = 1.0) -> float:
+        return 8 * self.nbytes(in_features, out_features, density) / (in_features * out_features)
 
     def quantize(self, weight: Tensor, mask: Tensor | None = None) -> Quantized:
         """Round a weight (out, in) to nearest.
@@ -130,13 +138,13 @@ class WeightFormat:
         is_padding = pad(torch.zeros_like(q.codes, dtype=torch.bool), (0, columns, 0, rows), value=True).view_as(codes)
         filler = torch.as_tensor(value_type.padding(zero)).to(codes.dtype)
         mask = None if q.mask is None else pad(q.mask, (0, columns, 0, rows))
-        data = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
+        data, others = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
         if q.scale is not None:
             data = torch.cat((data, layout.tile_scales(pad(q.scale, (0, 0, 0, rows)), g)), dim=-1)
         packed = {"packed": data.reshape(g.packed_shape)}
         if zero is not None:
             packed["zeros"] = layout.tile_zeros(zero, g)
-        return packed
+        return packed | others
 
     def pack(self, weight: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Round to nearest and pack a weight (out, in); mask as in :meth:`quantize`."""
@@ -147,7 +155,7 @@ class WeightFormat:
         g = self.geometry(in_features, out_features)
         self.check(packed, in_features, out_features)
         data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
-        codes, mask = PATTERNS[self.pattern].untile(data[..., : g.code_bytes], g)
+        codes, mask = PATTERNS[self.pattern].untile(data[..., : g.code_bytes], packed, g)
         codes = codes[:out_features, :in_features]
         mask = None if mask is None else mask[:out_features, :in_features]
         scale = zero = None
@@ -174,7 +182,7 @@ class WeightFormat:
 
     def check(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> None:
         """Raises CaloraError unless names, shapes and dtypes are those of this format and every scale is finite."""
-        expected = self.tensors(in_features, out_features)
+        expected = self.tensors(in_features, out_features, extent_of({name: t.shape for name, t in packed.items()}))
         if set(packed) != set(expected):
             raise CaloraError(f"packed tensors {sorted(packed)} do not belong to {self}, which has {sorted(expected)}")
         for name, shape in expected.items():
@@ -184,7 +192,16 @@ class WeightFormat:
                     f"in {self} has {shape} uint8: the file belongs to another model or is damaged"
                 )
         g = self.geometry(in_features, out_features)
+        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
         if g.block_bytes > g.code_bytes:
-            data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., g.code_bytes :]
-            if not torch.isfinite(data.contiguous().view(torch.float16)).all():
+            # A copy even where the slice is contiguous already: a file may not be aligned to 2 bytes.
+            scales = data[..., g.code_bytes :].clone(memory_format=torch.contiguous_format).view(torch.float16)
+            if not torch.isfinite(scales).all():
                 raise CaloraError("a packed weight has a scale that is not finite; the file is damaged")
+        PATTERNS[self.pattern].check(data[..., : g.code_bytes], packed, g)
+
+
+def extent_of(shapes: dict[str, tuple[int, ...]]) -> int:
+    """The `extent` of ``WeightFormat.tensors`` that packed tensors of these shapes have."""
+    shape = shapes.get("kept", ())
+    return shape[0] if len(shape) == 1 and shape[0] % layout.TILE_ALIGN == 0 else 0

@@ -15,7 +15,16 @@ class Dense:
     sparse = False
 
     @staticmethod
-    def tile(codes: Tensor, mask: None, g: Geometry) -> Tensor:
+    def shapes(g: Geometry, extent: int) -> dict[str, tuple[int, ...]]:
+        """Tensors beside ``packed``: none."""
+        return {}
+
+    @staticmethod
+    def check(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> None:
+        """Whatever the bytes are, they lead nowhere outside."""
+
+    @staticmethod
+    def tile(codes: Tensor, mask: None, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
         """Bytes of the codes, (tiles, blocks, code_bytes) uint8.
 
         codes: (tiles * 32, columns), already padded; uint8 for int4 and int8, bfloat16 for bf16.
@@ -24,10 +33,10 @@ class Dense:
         c = codes.view(g.tiles, TILE_ROWS, g.blocks, g.block_columns // step, step).permute(0, 2, 3, 1, 4)
         if g.values == "int4":
             c = c[..., :4] | (c[..., 4:] << 4)
-        return c.contiguous().view(torch.uint8).view(g.tiles, g.blocks, g.code_bytes)
+        return c.contiguous().view(torch.uint8).view(g.tiles, g.blocks, g.code_bytes), {}
 
     @staticmethod
-    def untile(data: Tensor, g: Geometry) -> tuple[Tensor, None]:
+    def untile(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> tuple[Tensor, None]:
         """Inverse of :meth:`tile`: (tiles, blocks, code_bytes) uint8 -> codes (tiles * 32, columns) and no mask."""
         step = STEP_COLUMNS[g.values]
         if g.values == "bf16":

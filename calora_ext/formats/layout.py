@@ -18,7 +18,7 @@ SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a quantised block
 ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
 
 VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2}
-PATTERN_IDS = {"dense": 0, "2:4": 1}
+PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2}
 BITS = {"bf16": 16, "int8": 8, "int4": 4}
 
 
@@ -27,8 +27,8 @@ def round_up(n: int, to: int) -> int:
 
 
 def code_bytes(pattern: str, values: str, columns: int) -> int:
-    """Bytes of the codes of `columns` columns of one tile, and of what says where they belong."""
-    bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1}[pattern]
+    """Bytes of `columns` columns of one tile but for scales: codes and what says where they belong, as far as a block has them."""
+    bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1, "unstructured": 1}[pattern]
     return TILE_ROWS * columns * bits // 8
 
 

@@ -32,7 +32,16 @@ class TwoFour:
             )
 
     @staticmethod
-    def tile(codes: Tensor, mask: Tensor, g: Geometry) -> Tensor:
+    def shapes(g: Geometry, extent: int) -> dict[str, tuple[int, ...]]:
+        """Tensors beside ``packed``: none."""
+        return {}
+
+    @staticmethod
+    def check(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> None:
+        """Whatever the bytes are, they lead nowhere outside."""
+
+    @staticmethod
+    def tile(codes: Tensor, mask: Tensor, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
         """Bytes of kept codes and positions, (tiles, blocks, code_bytes) uint8; codes, mask: (tiles * 32, columns)."""
         TwoFour.check_mask(mask)
         m = mask.view(len(mask), -1, GROUP).to(torch.uint8)
@@ -57,7 +66,7 @@ class TwoFour:
             if g.values == "int4":
                 pair = pair[..., 0::2, :] | pair[..., 1::2, :] << 4
         pair = pair.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).view(g.tiles, turns, -1)
-        return torch.cat((pair, places), dim=-1).view(g.tiles, g.blocks, g.code_bytes)
+        return torch.cat((pair, places), dim=-1).view(g.tiles, g.blocks, g.code_bytes), {}
 
     @staticmethod
     def kept(data: Tensor, g: Geometry) -> int:
@@ -68,7 +77,7 @@ class TwoFour:
         return sum(int((a <= b).sum() + (a < b).sum()) for a, b in pairs)
 
     @staticmethod
-    def untile(data: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+    def untile(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> tuple[Tensor, Tensor]:
         """Inverse of :meth:`tile`: codes and mask, (tiles * 32, columns)."""
         turns = g.columns // TURN_COLUMNS
         data = data.reshape(g.tiles, turns, -1)

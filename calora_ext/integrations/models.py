@@ -52,7 +52,7 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
     set_activations(model, recipe.activations)
-    return Report(recipe, coverage, errors, time.perf_counter() - started)
+    return Report(recipe, coverage.with_sizes(model), errors, time.perf_counter() - started)
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
@@ -150,7 +150,7 @@ def packed_layers(directory: str | os.PathLike) -> dict[str, dict[str, Any]]:
             continue
         fmt, shape = formats.format(name), features(_module(model, name, directory))
         checkpoint.check_packed(name, fmt, *shape, headers)
-        packed = {t: headers[f"{name}.{t}"].read(f"{name}.{t}").view(size) for t, size in fmt.tensors(*shape).items()}
+        packed = checkpoint.read_packed(name, checkpoint.packed_shapes(name, fmt, headers), headers)
         found[name] = {
             "format": str(fmt), "bits_per_weight": 8 * sum(t.numel() for t in packed.values()) / math.prod(shape),
             "sparsity": 1 - fmt.kept(packed, *shape) / math.prod(shape),

@@ -27,7 +27,7 @@ from ..adapters import base_only
 from ..card import model_card
 from ..compression.replace import Compressed, compressed_modules, empty, forget_ties, pack, tie
 from ..errors import CaloraError
-from ..formats import WeightFormat
+from ..formats import WeightFormat, extent_of
 from ..formats.layout import TILE_ALIGN
 from ..io import checkpoint
 from ..linear import CompressedLinear
@@ -131,7 +131,7 @@ class CaloraQuantizer(HfQuantizer):
             dense = model.get_submodule(name)
             fmt = self._format_of(model, name)
             checkpoint.check_packed(stored, fmt, *features(dense), headers)
-            model.set_submodule(name, empty(dense, fmt))
+            model.set_submodule(name, empty(dense, fmt, extent_of(checkpoint.packed_shapes(stored, fmt, headers))))
             sources.append(name)
         self._tie(model, sources)
 

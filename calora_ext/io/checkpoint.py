@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from ..formats import WeightFormat
+from ..formats import WeightFormat, extent_of
 from ..formats.layout import TILE_ALIGN
 from .files import json_writer, read_json, write_together
 
@@ -175,23 +175,35 @@ def check_sizes(paths: Iterable[Path], recorded: dict[str, dict]) -> None:
 
 def check_packed(name: str, fmt: WeightFormat, in_features: int, out_features: int, headers: dict[str, Header]) -> None:
     """Raises CaloraError unless the packed tensors of module `name` are there with their shapes, and its scales are finite."""
-    for tensor, shape in fmt.tensors(in_features, out_features).items():
+    stored = packed_shapes(name, fmt, headers)
+    for tensor, shape in fmt.tensors(in_features, out_features, extent_of(stored)).items():
         key = f"{name}.{tensor}"
-        if key not in headers:
-            raise CaloraError(f"{key} is missing from the checkpoint; copy the model again")
         t = headers[key].tensors[key]
         if t.dtype != "U8" or t.shape != shape:
             raise CaloraError(
                 f"{key} is {t.shape} {t.dtype} in {headers[key].path.name}, a {out_features} x {in_features} layer in {fmt} has "
                 f"{shape} U8; the file belongs to another config or is damaged"
             )
-    g = fmt.geometry(in_features, out_features)
-    if g.block_bytes > g.code_bytes:
-        key = f"{name}.packed"
-        scales = headers[key].read(key).view(g.tiles, g.blocks, g.block_bytes)[..., g.code_bytes :]
-        # A copy even where the slice is contiguous already: the file may not be aligned to 2 bytes.
-        if not torch.isfinite(scales.clone(memory_format=torch.contiguous_format).view(torch.float16)).all():
-            raise CaloraError(f"{key} has a scale that is not finite; {headers[key].path.name} is damaged")
+    try:
+        fmt.check(read_packed(name, stored, headers), in_features, out_features)
+    except CaloraError as error:
+        raise CaloraError(f"{name} in {headers[f'{name}.packed'].path.name}: {error}") from None
+
+
+def packed_shapes(name: str, fmt: WeightFormat, headers: dict[str, Header]) -> dict[str, tuple[int, ...]]:
+    """Shapes that the files say the packed tensors of module `name` have. Raises CaloraError where one is missing."""
+    shapes = {}
+    for tensor in fmt.tensors(1, 1):
+        key = f"{name}.{tensor}"
+        if key not in headers:
+            raise CaloraError(f"{key} is missing from the checkpoint; copy the model again")
+        shapes[tensor] = headers[key].tensors[key].shape
+    return shapes
+
+
+def read_packed(name: str, shapes: dict[str, tuple[int, ...]], headers: dict[str, Header]) -> dict[str, Tensor]:
+    """The packed tensors of module `name`, mapped."""
+    return {tensor: headers[f"{name}.{tensor}"].read(f"{name}.{tensor}").view(shape) for tensor, shape in shapes.items()}
 
 
 def check_dense(headers: dict[str, Header]) -> None:

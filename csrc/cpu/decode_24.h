@@ -9,7 +9,7 @@
 // x comes as xq + 128 (offset_x): it is the unsigned side, because weights that activations are shuffled to have no sum of x
 // in common. What the offset adds, 128 * (sum of the kept weights of a row), leaves at the end of the block.
 #pragma once
-#include "../kernels.h"
+#include "sparse_tile.h"
 
 namespace calora {
 namespace {
@@ -143,6 +143,36 @@ struct TwoFourPath {
     return V::iadd(even, V::madd(V::template shr16<8>(x), V::template sar16<8>(w)));
   }
 };
+
+constexpr int64_t kTurnStreams = 8;  // tiles that take turns, as those of dense weights do and for the same reason (decode.h)
+
+template <class V, int M, class Path>
+void stream_turns(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
+  constexpr int G = sparse_regs<V, M>(), R = V::kTileRegs;
+  const Geometry& g = a.w.g;
+  const int64_t groups = (tile_end - tile_begin + kTurnStreams - 1) / kTurnStreams;
+  for (int64_t group = 0, tile = tile_begin; group < groups; ++group) {
+    const int64_t tiles = (tile_end - tile + groups - group - 1) / (groups - group);  // even shares: no lone last stream
+    const uint8_t* p = a.w.packed + tile * g.tile_bytes;
+    TileSums<V, M> y[kTurnStreams];
+    for (int64_t i = 0; i < tiles; ++i) zero_sums<V, M>(y[i]);
+    for (int64_t block = 0; block < g.blocks; ++block, p += g.block_bytes) {
+      typename Path::Sums sums[kTurnStreams];
+      for (int64_t i = 0; i < tiles; ++i) sums[i].clear();
+      for (int64_t c = 0; c < g.block_columns; c += kTurnColumns)
+        for (int64_t i = 0; i < tiles; ++i) {
+          const uint8_t* turn = p + i * g.tile_bytes + c / kTurnColumns * Path::kTurnBytes;
+#pragma GCC unroll 18
+          for (int64_t b = 0; b < Path::kTurnBytes; b += 64) touch(turn + b);
+#pragma GCC unroll 4
+          for (int first = 0; first < R; first += G) Path::template multiply<G>(a, turn, block * g.block_columns + c, first, sums[i]);
+        }
+      for (int64_t i = 0; i < tiles; ++i) Path::end_block(a, block, p + i * g.tile_bytes, sums[i], y[i]);
+    }
+    for (int64_t i = 0; i < tiles; ++i) finish_rows<V, M>(a, tile + i, y[i]);
+    tile += tiles;
+  }
+}
 
 }  // namespace
 }  // namespace calora

@@ -4,7 +4,7 @@
 //   backward   lane = one of 32 columns, step = row of W (fp32) or 2 rows (bf16 pair); values are whole weights, because the
 //              sum runs over rows; in bf16 they are rounded, as a bf16 layer's are
 #pragma once
-#include "expand.h"
+#include "expand_vbmi2.h"
 #include "gemm_micro.h"
 
 namespace calora {
@@ -23,7 +23,7 @@ Block block_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t 
     b.codes = packed + code_bytes(w.values, k);
   } else {
     uint8_t* codes = expanded_block(code_bytes(w.values, columns));
-    expand(w, tile, block, k, columns, codes);
+    expand_columns(w, tile, block, k, columns, codes);
     b.codes = codes;
   }
   const uint8_t* scales = packed + g.block_bytes - kScaleBytes;

@@ -76,11 +76,33 @@ int two_four_code(Values v, const Place& at) {
   return ((e % 8 < 4 ? byte & 15 : byte >> 4) ^ 8) - 8;
 }
 
+// Unstructured: where the code of a weight lies in its chunk, counted in codes, or -1. int4: bit 0 is the nibble.
+int64_t kept_place(const Weight& w, const Place& at) {
+  const int64_t c = at.column % kTurnColumns;
+  const bool bf16 = w.values == Values::bf16, int4 = w.values == Values::int4;
+  const int64_t bit = bf16 ? c / 2 * 64 + 2 * at.row + c % 2 : c / 4 * 128 + 4 * at.row + c % 4;
+  const uint8_t* mask = at.block + at.column / kTurnColumns * kMaskBytes;
+  if (!(mask[bit / 8] >> bit % 8 & 1)) return -1;
+  const int64_t odd = bit / 128 % 2;  // step of int4
+  int64_t before = __builtin_popcount(mask[bit / 8] & ((1 << bit % 8) - 1));
+  for (int64_t i = 0; i < bit / 8; ++i)
+    if (!int4 || i / 16 % 2 == odd) before += __builtin_popcount(mask[i]);
+  return int4 ? 2 * before + odd : before;
+}
+
+int bitmask_code(const Weight& w, const uint8_t* chunk, const Place& at) {
+  const int64_t place = kept_place(w, at);
+  if (place < 0) return 0;
+  if (w.values == Values::int8) return chunk[place] - kInt8Zero;
+  return (place % 2 ? chunk[place / 2] >> 4 : chunk[place / 2] & 15) - kInt4Zero;
+}
+
 Element element(const Weight& w, int64_t n, int64_t k) {
   const Place at = place(w, n, k);
   const int64_t c = at.column;
   const float scale = from_fp16(load16(at.block + w.g.block_bytes - kScaleBytes + 2 * at.row));
   if (w.pattern == Pattern::two_four) return {two_four_code(w.values, at), scale};
+  if (w.pattern == Pattern::bitmask) return {bitmask_code(w, w.chunk(n / kTileRows, k / kTurnColumns), at), scale};
   if (w.values == Values::int8) return {at.block[c / 4 * 128 + 4 * at.row + c % 4] - kInt8Zero, scale};
   const uint8_t byte = at.block[c / 8 * 128 + 4 * at.row + c % 4];
   int zero = kInt4Zero;
@@ -94,6 +116,10 @@ Element element(const Weight& w, int64_t n, int64_t k) {
 float bf16_value(const Weight& w, int64_t n, int64_t k) {
   const Place at = place(w, n, k);
   if (w.pattern == Pattern::dense) return from_bf16(load16(at.block + at.column / 2 * 128 + 4 * at.row + 2 * (at.column % 2)));
+  if (w.pattern == Pattern::bitmask) {
+    const int64_t kept = kept_place(w, at);
+    return kept < 0 ? 0.0f : from_bf16(load16(w.chunk(n / kTileRows, k / kTurnColumns) + 2 * kept));
+  }
   const uint8_t* turn = at.block + at.column / kTurnColumns * turn_bytes(w.values);
   const int e = kept_element(turn + turn_bytes(w.values) - kPlaceBytes, at);
   return e < 0 ? 0.0f : from_bf16(load16(turn + e / 2 * 128 + 4 * at.row + 2 * (e % 2)));

@@ -1,0 +1,72 @@
+// Expanding an unstructured weight with vpexpandb and vpexpandw: one instruction puts up to 64 codes at their places.
+//
+// Floor per 64 dense codes: load, expand (2 micro-operations), store, popcount, addition; int4 also and / shift / or.
+#pragma once
+#include "expand.h"
+
+namespace calora {
+namespace {
+
+#ifdef __AVX512VBMI2__
+
+inline uint64_t load_bits(const uint8_t* p) {
+  uint64_t v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The next codes of a stream at the places that `bits` name, `middle` elsewhere.
+inline __m512i next_bytes(uint64_t bits, const uint8_t*& from, __m512i middle) {
+  const __m512i v = _mm512_mask_expand_epi8(middle, bits, _mm512_loadu_si512(from));
+  from += __builtin_popcountll(bits);
+  return v;
+}
+
+// The same from the low or the high nibbles of a stream of bytes.
+template <bool high>
+inline __m512i next_nibbles(uint64_t bits, const uint8_t*& from, __m512i middle) {
+  __m512i v = _mm512_loadu_si512(from);
+  if constexpr (high) v = _mm512_srli_epi16(v, 4);
+  from += __builtin_popcountll(bits);
+  return _mm512_mask_expand_epi8(middle, bits, _mm512_and_si512(v, _mm512_set1_epi8(15)));
+}
+
+inline void expand_chunk(Values values, const uint8_t* mask, const uint8_t* from, uint8_t* out) {
+  if (values == Values::int8) {
+    const __m512i middle = _mm512_set1_epi8(static_cast<char>(kInt8Zero));
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(out + 64 * i, next_bytes(load_bits(mask + 8 * i), from, middle));
+  } else if (values == Values::int4) {
+    const __m512i middle = _mm512_set1_epi8(kInt4Zero);
+    const uint8_t* odd = from;
+    for (int step = 0; step < 4; ++step)
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* bits = mask + 32 * step + 8 * half;
+        const __m512i low = next_nibbles<false>(load_bits(bits), from, middle), high = next_nibbles<true>(load_bits(bits + 16), odd, middle);
+        _mm512_store_si512(out + 128 * step + 64 * half, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
+      }
+  } else {
+    for (int i = 0; i < 32; ++i) {
+      const auto bits = static_cast<__mmask32>(load_bits(mask + 4 * (i & ~1)) >> 32 * (i & 1));
+      _mm512_store_si512(out + 64 * i, _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(from)));
+      from += 2 * __builtin_popcount(bits);
+    }
+  }
+}
+
+inline void expand_columns(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
+  if (w.pattern != Pattern::bitmask) return expand(w, tile, block, k, columns, codes);
+  const uint8_t* mask = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + k / kTurnColumns * kMaskBytes;
+  const int64_t chunk = (block * w.g.block_columns + k) / kTurnColumns, bytes = code_bytes(w.values, kTurnColumns);
+  for (int64_t c = 0; c < columns / kTurnColumns; ++c) expand_chunk(w.values, mask + c * kMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
+}
+
+#else
+
+inline void expand_columns(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
+  expand(w, tile, block, k, columns, codes);
+}
+
+#endif
+
+}  // namespace
+}  // namespace calora
