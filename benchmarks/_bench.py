@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 
 ROUNDS = 11
 BLOCK_SECONDS = 0.02  # of calls of one row in one round
@@ -75,16 +74,6 @@ class Case:
     nbytes: int
     copies: int
     call: Callable[[int], object]
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache of processor 0."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    return max((int(s.read_text().strip()[:-1]) << 10 for s in sizes), default=32 << 20)
-
-
-def copies_for(nbytes: int) -> int:
-    return max(2, -(-5 * last_level_cache() // nbytes))
 
 
 @cache

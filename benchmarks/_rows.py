@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 
 import torch
-from _bench import Case, Group, copies_for
+from _bench import Case, Group
 from torch import Tensor
 from torch.nn.functional import linear
 
 from calora_ext import WeightFormat, ops
+from calora_ext.bench import installed
+from calora_ext.measure import copies_for
 
 RANK = 16
 SCALE = 2.0
@@ -21,9 +23,9 @@ SCALE = 2.0
 
 def cases(group: Group) -> dict[str, Case]:
     rows: dict[str, Case] = {}
-    builders = [calora, torch_dense, torch_int4, torch_dynamic_int8]
-    if group.isa.startswith("avx512"):  # these two cannot be capped to AVX2
-        builders += [bitsandbytes_nf4, onnxruntime_int4]
+    builders = [calora, others]
+    if group.isa.startswith("avx512"):  # cannot be capped to AVX2
+        builders += [onnxruntime_int4]
     for build in builders:
         try:
             rows |= build(group)
@@ -104,54 +106,18 @@ def calora_rows(group: Group, name: str, fmt: WeightFormat, banks, activations: 
 # ---- peers ------------------------------------------------------------------------------------------------------------
 
 
-def torch_dense(group: Group) -> dict[str, Case]:
+def others(group: Group) -> dict[str, Case]:
+    """The peers of ``calora bench``. bitsandbytes cannot be capped to AVX2, so it is left out there."""
     rows: dict[str, Case] = {}
-    for name, dtype in (("torch fp32", torch.float32), ("torch bf16", torch.bfloat16)):
-        weight = torch.randn(group.out_features, group.in_features).to(dtype)
-        nbytes = weight.nbytes
-        weights = [weight.clone() for _ in range(copies_for(nbytes))]
-        x = torch.randn(group.m, group.in_features).to(dtype)
-        rows |= with_lora(group, name, nbytes, len(weights), lambda i, x=x, w=weights: linear(x, w[i]), x)
+    weight = torch.randn(group.out_features, group.in_features)
+    for name, build in installed(group.in_features, group.out_features).items():
+        if name == "bitsandbytes nf4" and not group.isa.startswith("avx512"):
+            continue
+        peer = build(weight)
+        layers = [peer.copy() for _ in range(copies_for(peer.nbytes))]
+        x = torch.randn(group.m, group.in_features).to(peer.dtype)
+        rows |= with_lora(group, name, peer.nbytes, len(layers), lambda i, x=x, layers=layers: layers[i](x), x)
     return rows
-
-
-def torch_int4(group: Group) -> dict[str, Case]:
-    """aten's int4 weight-only kernel, the one torchao calls; bf16 x (with fp32 x it is scalar code)."""
-    size, k, n = 128, group.in_features, group.out_features
-    nbytes = n * k // 2 + 4 * n * k // size
-    copies = copies_for(nbytes)
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-    packed = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2) for _ in range(copies)]
-    scales = [torch.full((k // size, n, 2), 0.01, dtype=torch.bfloat16) for _ in range(copies)]
-    x = torch.randn(group.m, k).bfloat16()
-    mm = torch.ops.aten._weight_int4pack_mm_for_cpu
-    return with_lora(group, "torch int4 g128", nbytes, copies, lambda i: mm(x, packed[i], size, scales[i]), x)
-
-
-def torch_dynamic_int8(group: Group) -> dict[str, Case]:
-    k, n = group.in_features, group.out_features
-    copies = copies_for(n * k)
-    dense = torch.nn.Sequential(torch.nn.Linear(k, n, bias=False))
-    layers = [torch.ao.quantization.quantize_dynamic(dense, {torch.nn.Linear}, torch.qint8) for _ in range(copies)]
-    x = torch.randn(group.m, k)
-    return with_lora(group, "torch dynamic int8", n * k + 4 * n, copies, lambda i: layers[i](x), x)
-
-
-def bitsandbytes_nf4(group: Group) -> dict[str, Case]:
-    """bitsandbytes' fused 4-bit CPU path: NF4, blocks of 64, bf16 x, eval mode (in training mode it decodes the weight)."""
-    import bitsandbytes
-
-    k, n = group.in_features, group.out_features
-    nbytes = n * k // 2 + 4 * n * k // 64
-    copies = copies_for(nbytes)
-    dense = torch.nn.Linear(k, n, bias=False).state_dict()
-    layers = []
-    for _ in range(copies):
-        layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
-        layer.load_state_dict(dense)
-        layers.append(layer.to("cpu").eval())
-    x = torch.randn(group.m, k).bfloat16()
-    return with_lora(group, "bitsandbytes nf4", nbytes, copies, lambda i: layers[i](x), x)
 
 
 def onnxruntime_int4(group: Group) -> dict[str, Case]:

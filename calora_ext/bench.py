@@ -106,11 +106,11 @@ def installed(in_features: int, out_features: int) -> dict[str, Callable[[Tensor
     there = {
         "torch fp32": partial(_torch, torch.float32),
         "torch bf16": partial(_torch, torch.bfloat16),
-        "torch int4 (g128)": _torch_int4,
+        "torch int4 g128": _torch_int4,
         "torch dynamic int8": _torch_int8,
     }
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or in_features % 128 or out_features % 32:
-        del there["torch int4 (g128)"]
+        del there["torch int4 g128"]
     if find_spec("bitsandbytes") is not None:
         there["bitsandbytes nf4"] = _bitsandbytes
     return there

@@ -179,7 +179,7 @@ class _Story:
 
     def _kernels(self) -> list[dict]:
         formats = [WeightFormat("int4", 64), WeightFormat("int4", 128)]
-        others = [name for name in bench.installed(*LAYER) if name in ("torch fp32", "torch bf16", "torch int4 (g128)")]
+        others = [name for name in bench.installed(*LAYER) if name in ("torch fp32", "torch bf16", "torch int4 g128")]
         rows = bench.compare(*LAYER, rows=1, rank=16, formats=formats, others=others, seconds=self.plan.bench_seconds)
         for row in rows:
             if row.rank == 0:

@@ -1,9 +1,10 @@
 // Decode (M <= kDecodeRows): the packed weight streams by once and is multiplied as it comes.
 //
-//   kStreams tiles -> blocks (one scale per row) -> turns of kTurn steps per tile -> groups of registers -> steps of 128 bytes
+//   kStreams runs of tiles, one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
 //
-// A path says how a step is multiplied: IntPath (int8 activations), FloatPath (fp32), Bf16Path (vdpbf16ps). All of them leave
-// the scale to the end of the block, so that it costs one multiplication per block and row instead of one per weight.
+// A path says how long a step is (kStepBytes, kStepColumns) and how it is loaded and multiplied: IntPath (int8 activations), FloatPath (fp32), Bf16Path
+// (vdpbf16ps). All of them leave the scale to the end of the block, so that it costs one multiplication per block and row
+// instead of one per weight.
 #pragma once
 #include "../kernels.h"
 #include "bank.h"
@@ -12,20 +13,13 @@
 namespace calora {
 namespace {
 
-constexpr int64_t kStepBytes = 128;
-
 // A single stream stalls at every page: weights are mapped files with 4 KB pages, hardware prefetch stops at a page's end, and
-// in a virtual machine a missed translation costs two nested page walks. So kStreams tiles take turns of kTurn steps. One
-// pinned thread, fraction of the read bandwidth in the same minute (the two columns: two states of the machine's memory):
-//   1 stream 0.72 0.87 | with a line touched 32 KB ahead 0.76 0.97 | 4 streams 0.85 0.90 | 8 streams 0.92 1.0 | 16: 0.62
-// Prefetching into L1 (0.73) or every line 4 KB ahead takes the line fill buffers that the streams need; L2 is enough.
-constexpr int64_t kStreams = 8, kTurn = 4;  // tiles; steps
-constexpr int64_t kAhead = 512;             // bytes
-// always_inline: GCC takes a function that only prefetches for one without effects and deletes the call.
-__attribute__((always_inline)) inline void prefetch(const uint8_t* p) {
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < kTurn * kStepBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T1);
-}
+// in a virtual machine a missed translation costs two nested page walks. So kStreams runs of tiles stream by side by side, and
+// what comes next is asked for step by step, into L2 and not further ahead than the misses one core can have in flight: 2 KB
+// ahead, or into L1, is slower by a fifth or more. Measured: benchmarks/NOTES.md.
+constexpr int64_t kStreams = 4, kAhead = 1024;  // tiles; bytes
+constexpr int64_t kTurn = 4;                    // steps: blocks are whole turns, and int16 sums hold one
+constexpr int64_t kLine = 64;                   // bytes
 
 int load32(const void* p) {
   int v;
@@ -33,18 +27,32 @@ int load32(const void* p) {
   return v;
 }
 
-// kTurn steps of one tile. Column 8 * 4 of int4, 4 * 4 of int8, 2 * 4 of bf16: blocks are whole turns.
+// The tiles that are multiplied together, by the same columns of x.
 struct Turn {
-  const uint8_t* codes;
-  int64_t k;  // first column
+  const uint8_t* const* codes;  // of each tile
+  int64_t k;                    // first column
+  int64_t steps;                // a multiple of kTurn
 };
 
-// body(p, step) for every step of a turn, prefetching on the first of the passes over it.
-template <class V, class Body>
+// body(codes of tile t, step, t) for every step and each of P tiles, prefetching on the first of the passes over them.
+template <class Path, class V, int P, class Body>
 __attribute__((always_inline)) inline void each_step(const Turn& turn, int first, Body body) {
-  if (first == 0) prefetch(turn.codes);
+  const uint8_t* codes[P];
+#pragma GCC unroll 8
+  for (int t = 0; t < P; ++t) codes[t] = turn.codes[t] + first * V::kBytes;
+  for (int64_t turn_step = 0; turn_step < turn.steps; turn_step += kTurn) {
 #pragma GCC unroll 4
-  for (int64_t step = 0; step < kTurn; ++step) body(turn.codes + step * kStepBytes + first * V::kBytes, step);
+    for (int64_t s = 0; s < kTurn; ++s)
+#pragma GCC unroll 8
+      for (int t = 0; t < P; ++t) {
+        const int64_t step = turn_step + s;
+        const uint8_t* p = codes[t] + step * Path::kStepBytes;
+        if (first == 0)
+#pragma GCC unroll 4
+          for (int64_t i = 0; i < Path::kStepBytes; i += kLine) prefetch(p + kAhead + i);
+        body(p, step, t);
+      }
+  }
 }
 
 // Computes these sums here: left alone, GCC forms the products of all steps first and spills them (36 -> 48 GB/s in cache).
@@ -64,11 +72,30 @@ __attribute__((always_inline)) inline void clear(T (&rows)[M][R], T value) {
     for (int i = 0; i < R; ++i) rows[m][i] = value;
 }
 
-// How many of a tile's registers are accumulated together: as many as leave room for weights and temporaries.
+// The sums of P tiles by G registers, in registers for a turn: to[t][m][i] = from[t][m][first_from + i].
+template <int P, int M, int G, int A, int B, class T>
+__attribute__((always_inline)) inline void copy(const T (*from)[M][A], int first_from, T (*to)[M][B], int first_to) {
+#pragma GCC unroll 8
+  for (int t = 0; t < P; ++t)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int i = 0; i < G; ++i) to[t][m][first_to + i] = from[t][m][first_from + i];
+}
+
+// Registers of sums: as many as leave room for weights and temporaries. Of one tile as many as fit, then of several tiles,
+// which share the broadcasts of x and hide the latency of each other's additions.
+template <class V>
+constexpr int kSumRegs = V::kLanes == 16 ? 16 : 8;  // of 32 and 16
 template <class V, int M>
 constexpr int group_regs() {
-  constexpr int budget = V::kLanes == 16 ? 16 : 8;  // of 32 and 16 registers
-  return M * V::kTileRegs <= budget ? V::kTileRegs : M * 2 <= budget ? 2 : 1;
+  return M * V::kTileRegs <= kSumRegs<V> ? V::kTileRegs : M * 2 <= kSumRegs<V> ? 2 : 1;
+}
+template <class V, int M>
+constexpr int pack_tiles() {
+  int tiles = 1;
+  while (2 * tiles <= kStreams && 2 * tiles * M * group_regs<V, M>() <= kSumRegs<V>) tiles *= 2;
+  return tiles;
 }
 
 // Zero points minus 8 of the rows of register i in a tile's block.
@@ -91,13 +118,16 @@ typename V::F block_scale(const Weight& w, const uint8_t* block, int i) {
 template <class V, int M, Values values>
 struct IntPath {
   using Acc = typename V::I;
+  using Sums = Acc[M][V::kTileRegs];
+  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : 4;
+  static constexpr bool kShortTurns = !V::kVnni && values == Values::int4;
   static Acc none() { return V::izero(); }
 
-  template <int G>
-  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    if constexpr (V::kVnni) dot<G>(a, turn, first, sum);
-    else if constexpr (values == Values::int4) nibbles<G>(a, turn, first, sum);
-    else bytes<G>(a, turn, first, sum);
+  template <int P, int G>
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    if constexpr (V::kVnni) dot<P, G>(a, turn, first, sum);
+    else if constexpr (values == Values::int4) nibbles<P, G>(a, turn, first, sum);
+    else bytes<P, G>(a, turn, first, sum);
   }
 
   // x of row m, four columns from `column` of the turn, in every lane.
@@ -115,21 +145,17 @@ struct IntPath {
     }
   }
 
-  template <int G>
-  static void dot(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    Acc acc[M][G], odd[M][G];  // odd: a second chain where one row would wait for the 4 cycles of vpdpbusd
-    clear(odd, V::izero());
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) acc[m][g] = sum[m][first + g];
-    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+  template <int P, int G>
+  static void dot(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    Acc acc[P][M][G];
+    copy<P, M, G>(sum, first, acc, 0);
+    each_step<IntPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
       if constexpr (values == Values::int8) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const Acc v = four(a, turn, m, 4 * step);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[m][g] = V::dot(acc[m][g], V::iload(p + g * V::kBytes), v);
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(acc[t][m][g], V::iload(p + g * V::kBytes), v);
         }
       } else {
         Acc lo[G], hi[G];
@@ -138,26 +164,21 @@ struct IntPath {
         for (int m = 0; m < M; ++m) {
           const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) {
-            acc[m][g] = V::dot(acc[m][g], lo[g], v0);
-            auto& second = M == 1 ? odd[m][g] : acc[m][g];
-            second = V::dot(second, hi[g], v1);
-          }
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(V::dot(acc[t][m][g], lo[g], v0), hi[g], v1);
         }
       }
+      keep_order(acc[t]);
     });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = M == 1 ? V::iadd(acc[m][g], odd[m][g]) : acc[m][g];
+    copy<P, M, G>(acc, 0, sum, first);
   }
 
-  // int4 without VNNI: 8 results of vpmaddubsw (<= 15 * 127 * 2 each) fit 16 bits, one turn; columns come in 32s for this.
-  template <int G>
-  static void nibbles(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    Acc part[M][G];
-    clear(part, V::izero());
-    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+  // int4 without VNNI: 8 results of vpmaddubsw (<= 15 * 127 * 2 each) fit 16 bits, one kTurn; columns come in 32s for this.
+  template <int P, int G>
+  static void nibbles(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    Acc part[P][M][G];
+#pragma GCC unroll 8
+    for (int t = 0; t < P; ++t) clear(part[t], V::izero());
+    each_step<IntPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
       Acc lo[G], hi[G];
       split(p, lo, hi);
 #pragma GCC unroll 8
@@ -165,23 +186,25 @@ struct IntPath {
         const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g)
-          part[m][g] = V::iadd16(part[m][g], V::iadd16(V::maddubs(lo[g], v0), V::maddubs(hi[g], v1)));
+          part[t][m][g] = V::iadd16(part[t][m][g], V::iadd16(V::maddubs(lo[g], v0), V::maddubs(hi[g], v1)));
       }
-      keep_order(part);
+      keep_order(part[t]);
     });
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
+    for (int t = 0; t < P; ++t)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = V::iadd(sum[m][first + g], V::madd(part[m][g], V::iset1_16(1)));
+        for (int g = 0; g < G; ++g) sum[t][m][first + g] = V::iadd(sum[t][m][first + g], V::madd(part[t][m][g], V::iset1_16(1)));
   }
 
   // int8 without VNNI: vpmaddubsw saturates at 255 * 127 * 2. Even and odd columns as 16-bit halves do not, and need no
   // horizontal sum.
-  template <int G>
-  static void bytes(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    Acc acc[M][G];
-    clear(acc, V::izero());
-    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+  template <int P, int G>
+  static void bytes(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    Acc acc[P][M][G];
+    copy<P, M, G>(sum, first, acc, 0);
+    each_step<IntPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
       Acc even[G], odd[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
@@ -194,14 +217,11 @@ struct IntPath {
         const Acc x_even = V::template sar16<8>(V::template shl16<8>(v)), x_odd = V::template sar16<8>(v);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g)
-          acc[m][g] = V::iadd(acc[m][g], V::iadd(V::madd(even[g], x_even), V::madd(odd[g], x_odd)));
+          acc[t][m][g] = V::iadd(acc[t][m][g], V::iadd(V::madd(even[g], x_even), V::madd(odd[g], x_odd)));
       }
-      keep_order(acc);
+      keep_order(acc[t]);
     });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = V::iadd(sum[m][first + g], acc[m][g]);
+    copy<P, M, G>(acc, 0, sum, first);
   }
 
   static void end_block(const LinearArgs& a, int64_t tile, int64_t block, const uint8_t* p, const Acc (&sum)[M][V::kTileRegs],
@@ -254,8 +274,10 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
 template <class V, int M, Values values>
 struct FloatPath {
   using Acc = typename V::F;
+  using Sums = Acc[M][V::kTileRegs];
+  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : values == Values::int8 ? 4 : 2;
+  static constexpr bool kShortTurns = false;
   static Acc none() { return V::zero(); }
-  static constexpr int kColumns = values == Values::int4 ? 8 : values == Values::int8 ? 4 : 2;  // of a step
 
   // Column c of a step, of kLanes rows: the code minus its middle, as fp32.
   template <int c>
@@ -282,46 +304,35 @@ struct FloatPath {
     else return w;
   }
 
-  template <int G>
-  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    constexpr int kChains = M * G <= 4 ? 2 : 1;  // of dependent multiply-adds
-    const float* x = a.xf + turn.k;
-    Acc acc[M][G][kChains];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-#pragma GCC unroll 2
-        for (int c = 0; c < kChains; ++c) acc[m][g][c] = c ? V::zero() : sum[m][first + g];
-    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
+  template <int P, int G>
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    Acc acc[P][M][G];
+    copy<P, M, G>(sum, first, acc, 0);
+    each_step<FloatPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
       typename V::I w[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) w[g] = load(p + g * V::kBytes);
-      const float* xs = x + step * kColumns;
-      column_of<G, kChains, 0>(a, xs, w, acc), column_of<G, kChains, 1>(a, xs, w, acc);
-      if constexpr (kColumns >= 4) column_of<G, kChains, 2>(a, xs, w, acc), column_of<G, kChains, 3>(a, xs, w, acc);
-      if constexpr (kColumns == 8) {
-        column_of<G, kChains, 4>(a, xs, w, acc), column_of<G, kChains, 5>(a, xs, w, acc);
-        column_of<G, kChains, 6>(a, xs, w, acc), column_of<G, kChains, 7>(a, xs, w, acc);
+      const float* x = a.xf + turn.k + step * kStepColumns;
+      column_of<G, 0>(a, x, w, acc[t]), column_of<G, 1>(a, x, w, acc[t]);
+      if constexpr (kStepColumns >= 4) column_of<G, 2>(a, x, w, acc[t]), column_of<G, 3>(a, x, w, acc[t]);
+      if constexpr (kStepColumns == 8) {
+        column_of<G, 4>(a, x, w, acc[t]), column_of<G, 5>(a, x, w, acc[t]);
+        column_of<G, 6>(a, x, w, acc[t]), column_of<G, 7>(a, x, w, acc[t]);
       }
+      keep_order(acc[t]);
     });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = kChains == 2 ? V::add(acc[m][g][0], acc[m][g][1]) : acc[m][g][0];
+    copy<P, M, G>(acc, 0, sum, first);
   }
 
-  template <int G, int kChains, int c>
-  __attribute__((always_inline)) static void column_of(const LinearArgs& a, const float* x, const typename V::I (&w)[G],
-                                                      Acc (&acc)[M][G][kChains]) {
+  template <int G, int c>
+  __attribute__((always_inline)) static void column_of(const LinearArgs& a, const float* x, const typename V::I (&w)[G], Acc (&acc)[M][G]) {
     Acc v[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) v[g] = column<c>(w[g]);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-        acc[m][g][c % kChains] = V::fma(v[g], V::set1(x[m * a.w.g.columns + c]), acc[m][g][c % kChains]);
+      for (int g = 0; g < G; ++g) acc[m][g] = V::fma(v[g], V::set1(x[m * a.w.g.columns + c]), acc[m][g]);
   }
 
   static float x_sum(const LinearArgs& a, int64_t m, int64_t block) {
@@ -343,58 +354,51 @@ struct FloatPath {
 template <class V, int M, Values values>
 struct Bf16Path {
   using Acc = typename V::F;
+  using Sums = Acc[M][V::kTileRegs];
+  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : 2;
+  static constexpr bool kShortTurns = false;
   static Acc none() { return V::zero(); }
-  static constexpr int kColumns = values == Values::int4 ? 8 : 2;
   alignas(64) static constexpr uint16_t kCodes[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
 
-  template <int G>
-  static void multiply(const LinearArgs& a, const Turn& turn, int first, Acc (&sum)[M][V::kTileRegs]) {
-    constexpr int kChains = M == 1 ? 2 : 1;
-    const uint16_t* x = a.xb + turn.k;
+  template <int P, int G>
+  static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
     const auto codes = V::iload(kCodes);
-    Acc acc[M][G][kChains];
+    Acc acc[P][M][G];
+    copy<P, M, G>(sum, first, acc, 0);
+    each_step<Bf16Path, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
+      const uint16_t* x = a.xb + turn.k + step * kStepColumns;
+      auto pairs = [&](int64_t column, const typename V::I(&w)[G]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
+        for (int m = 0; m < M; ++m) {
+          const auto v = V::iset1(load32(x + column + m * a.w.g.columns));
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g)
-#pragma GCC unroll 2
-        for (int c = 0; c < kChains; ++c) acc[m][g][c] = c ? V::zero() : sum[m][first + g];
-    auto pairs = [&](const uint16_t* pair, const typename V::I(&w)[G], int chain) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const auto v = V::iset1(load32(pair + m * a.w.g.columns));
-#pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) acc[m][g][chain] = V::dot_bf16(acc[m][g][chain], w[g], v);
-      }
-    };
-    each_step<V>(turn, first, [&](const uint8_t* p, int64_t step) __attribute__((always_inline)) {
-      const uint16_t* xs = x + step * kColumns;
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot_bf16(acc[t][m][g], w[g], v);
+        }
+      };
       typename V::I w[G], v[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) w[g] = V::iload(p + g * V::kBytes);
       if constexpr (values == Values::bf16) {
-        pairs(xs, w, 0);
+        pairs(0, w);
       } else {
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, w[g]);
-        pairs(xs, v, 0);
+        pairs(0, v);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<4>(w[g]));
-        pairs(xs + 2, v, kChains - 1);
+        pairs(2, v);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<8>(w[g]));
-        pairs(xs + 4, v, 0);
+        pairs(4, v);
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) v[g] = V::lookup32_16(codes, V::template shr16<12>(w[g]));
-        pairs(xs + 6, v, kChains - 1);
+        pairs(6, v);
       }
+      keep_order(acc[t]);
     });
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sum[m][first + g] = kChains == 2 ? V::add(acc[m][g][0], acc[m][g][1]) : acc[m][g][0];
+    copy<P, M, G>(acc, 0, sum, first);
   }
 
   static float x_sum(const LinearArgs& a, int64_t m, int64_t block) {
@@ -413,32 +417,69 @@ struct Bf16Path {
 
 // ---- the stream -------------------------------------------------------------------------------------------------------
 
-template <class V, int M, Values values, class Path>
-void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  using Y = typename V::F[M][V::kTileRegs];
-  using Sum = typename Path::Acc[M][V::kTileRegs];
-  constexpr int G = group_regs<V, M>();
-  constexpr int64_t kStepColumns = values == Values::int4 ? 8 : values == Values::int8 ? 4 : 2;
-  const Geometry& g = a.w.g;
-  const int64_t block_steps = g.block_columns / kStepColumns, groups = (tile_end - tile_begin + kStreams - 1) / kStreams;
-  for (int64_t group = 0, tile = tile_begin; group < groups; ++group) {
-    const int64_t tiles = (tile_end - tile + groups - group - 1) / (groups - group);  // even shares: no lone last stream
-    const uint8_t* p = a.w.packed + tile * g.tile_bytes;
-    Y y[kStreams];
-    for (int64_t i = 0; i < tiles; ++i) clear(y[i], V::zero());
-    for (int64_t block = 0; block < g.blocks; ++block, p += g.block_bytes) {
-      Sum sum[kStreams];
-      for (int64_t i = 0; i < tiles; ++i) clear(sum[i], Path::none());
-      for (int64_t step = 0; step < block_steps; step += kTurn)
-        for (int64_t i = 0; i < tiles; ++i) {
-          const Turn turn{p + i * g.tile_bytes + step * kStepBytes, block * g.block_columns + step * kStepColumns};
-#pragma GCC unroll 4
-          for (int first = 0; first < V::kTileRegs; first += G) Path::template multiply<G>(a, turn, first, sum[i]);
-        }
-      for (int64_t i = 0; i < tiles; ++i) Path::end_block(a, tile + i, block, p + i * g.tile_bytes, sum[i], y[i]);
+// Tiles in kStreams runs, which are consecutive and differ in length by one at most: each streams on where it stopped.
+struct Runs {
+  int64_t begin, length, longer;  // tiles; the first `longer` runs have one tile more than length
+  Runs(int64_t tile_begin, int64_t tile_end)
+      : begin(tile_begin), length((tile_end - tile_begin) / kStreams), longer((tile_end - tile_begin) % kStreams) {}
+  int64_t tile(int64_t run, int64_t i) const { return begin + run * length + (run < longer ? run : longer) + i; }
+  int64_t rounds() const { return length + (longer > 0); }
+  int64_t live(int64_t i) const { return i < length ? kStreams : longer; }  // runs that have an i-th tile: the first ones
+};
+
+// The bank's share of y, for all tiles before the base streams by: between the tiles its short pieces would let the stream
+// run dry. In fp32, (tiles, M, 32).
+template <class V, int M>
+void bank_tiles(const LinearArgs& a, const Runs& runs) {
+  for (int64_t round = 0; round < runs.rounds(); ++round)
+    for (int64_t i = 0; i < runs.live(round); ++i) {
+      const int64_t tile = runs.tile(i, round);
+      typename V::F sum[M][V::kTileRegs];
+      clear(sum, V::zero());
+      bank_up<V, M>(a, tile, sum);
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < V::kTileRegs; ++r) V::store(a.from_bank + (tile * M + m) * kTileRows + r * V::kLanes, sum[m][r]);
     }
-    for (int64_t i = 0; i < tiles; ++i) finish_tile<V, M>(a, 0, tile + i, y[i]);
-    tile += tiles;
+}
+
+template <class V, int M>
+void load_bank(const LinearArgs& a, int64_t tile, typename V::F (&y)[M][V::kTileRegs]) {
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < V::kTileRegs; ++r)
+      y[m][r] = a.bank.rank ? V::load(a.from_bank + (tile * M + m) * kTileRows + r * V::kLanes) : V::zero();
+}
+
+template <class V, int M, class Path>
+void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
+  constexpr int G = group_regs<V, M>(), P = pack_tiles<V, M>();
+  const Geometry& g = a.w.g;
+  const int64_t steps = g.block_columns / Path::kStepColumns;
+  const int64_t turn_steps = P == kStreams && G == V::kTileRegs && !Path::kShortTurns ? steps : kTurn;
+  const Runs runs(tile_begin, tile_end);
+  if (a.bank.rank) bank_tiles<V, M>(a, runs);
+  for (int64_t round = 0; round < runs.rounds(); ++round) {
+    const int64_t live = runs.live(round);
+    int64_t tile[kStreams];
+    typename V::F y[kStreams][M][V::kTileRegs];
+    for (int64_t i = 0; i < kStreams; ++i) tile[i] = runs.tile(i < live ? i : 0, round);  // a run that has ended repeats the first
+    for (int64_t i = 0; i < live; ++i) load_bank<V>(a, tile[i], y[i]);
+    for (int64_t block = 0; block < g.blocks; ++block) {
+      typename Path::Sums sum[kStreams];
+      for (int64_t i = 0; i < kStreams; ++i) clear(sum[i], Path::none());
+      for (int64_t step = 0; step < steps; step += turn_steps) {
+        const uint8_t* codes[kStreams];
+        for (int64_t i = 0; i < kStreams; ++i)
+          codes[i] = a.w.packed + tile[i] * g.tile_bytes + block * g.block_bytes + step * Path::kStepBytes;
+        for (int64_t i = 0; i < live; i += P) {
+          const Turn turn{codes + i, block * g.block_columns + step * Path::kStepColumns, turn_steps};
+#pragma GCC unroll 4
+          for (int first = 0; first < V::kTileRegs; first += G) Path::template multiply<P, G>(a, turn, first, sum + i);
+        }
+      }
+      for (int64_t i = 0; i < live; ++i)
+        Path::end_block(a, tile[i], block, a.w.packed + tile[i] * g.tile_bytes + block * g.block_bytes, sum[i], y[i]);
+    }
+    for (int64_t i = 0; i < live; ++i) finish_tile<V, M>(a, tile[i], y[i]);
   }
 }
 
@@ -446,16 +487,16 @@ template <class V, int M>
 void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
   const Values values = a.w.values;
   if (a.activations == Activations::int8) {
-    if (values == Values::int4) return stream<V, M, Values::int4, IntPath<V, M, Values::int4>>(a, begin, end);
-    return stream<V, M, Values::int8, IntPath<V, M, Values::int8>>(a, begin, end);
+    if (values == Values::int4) return stream<V, M, IntPath<V, M, Values::int4>>(a, begin, end);
+    return stream<V, M, IntPath<V, M, Values::int8>>(a, begin, end);
   }
   if constexpr (V::kBf16Dot) {
-    if (uses_bf16_dot<V>(a) && values == Values::int4) return stream<V, M, Values::int4, Bf16Path<V, M, Values::int4>>(a, begin, end);
-    if (uses_bf16_dot<V>(a)) return stream<V, M, Values::bf16, Bf16Path<V, M, Values::bf16>>(a, begin, end);
+    if (uses_bf16_dot<V>(a) && values == Values::int4) return stream<V, M, Bf16Path<V, M, Values::int4>>(a, begin, end);
+    if (uses_bf16_dot<V>(a)) return stream<V, M, Bf16Path<V, M, Values::bf16>>(a, begin, end);
   }
-  if (values == Values::int4) return stream<V, M, Values::int4, FloatPath<V, M, Values::int4>>(a, begin, end);
-  if (values == Values::int8) return stream<V, M, Values::int8, FloatPath<V, M, Values::int8>>(a, begin, end);
-  return stream<V, M, Values::bf16, FloatPath<V, M, Values::bf16>>(a, begin, end);
+  if (values == Values::int4) return stream<V, M, FloatPath<V, M, Values::int4>>(a, begin, end);
+  if (values == Values::int8) return stream<V, M, FloatPath<V, M, Values::int8>>(a, begin, end);
+  return stream<V, M, FloatPath<V, M, Values::bf16>>(a, begin, end);
 }
 
 template <class V>

@@ -1,7 +1,7 @@
 // Prefill (M > kDecodeRows) and backward: blocked GEMMs on panels of x (gemm_panels.h) and register-blocked micro-kernels
-// (gemm_micro.h). A unit of work is one tile of 32 outputs for one block of up to 10 panels:
+// (gemm_micro.h). A unit of work is one tile of 32 outputs for one block of up to 22 panels (264 rows):
 //
-//   sums of the unit, fp32, in L1 (<= 15 KB)  =  bias
+//   sums of the unit, fp32 (<= 33 KB)         =  bias
 //   for each chunk of ranks:    += t U^T
 //   for each block of columns:  for each panel:  += x W^T         the block's codes stay in L1 for all panels
 //   y = sums, rounded once

@@ -121,6 +121,7 @@ std::size_t plan(LinearArgs& a, uint8_t* workspace) {
   a.xf = int8 ? nullptr : carve.take<float>(rows * g.columns);
   a.xb = int8 || a.x_dtype != DType::bf16 || a.m > kDecodeRows ? nullptr : carve.take<uint16_t>(rows * g.columns);
   a.t = a.bank.rank ? carve.take<float>(rows * a.bank.rank) : nullptr;
+  a.from_bank = a.bank.rank && a.m <= kDecodeRows ? carve.take<float>(a.m * g.tiles * kTileRows) : nullptr;
   return carve.used();
 }
 

@@ -65,6 +65,12 @@ struct Simd {
   static F load(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
+  // Even and odd lanes of 16 -> the first 8 and the last 8.
+  static void interleave(F& even, F& odd) {
+    const F a = _mm256_unpacklo_ps(even, odd), b = _mm256_unpackhi_ps(even, odd);
+    even = _mm256_permute2f128_ps(a, b, 0x20);
+    odd = _mm256_permute2f128_ps(a, b, 0x31);
+  }
   static F load_fp16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   // Round to nearest even; a NaN stays a NaN (its payload may round to infinity, hence the blend).
   static void store(uint16_t* p, F v) {

@@ -56,6 +56,14 @@ struct Simd {
     r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
     return _mm512_cvtepi32_epi16(r);
   }
+  // Even and odd lanes of 32 -> the first 16 and the last 16.
+  static void interleave(F& even, F& odd) {
+    const I lo = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const I hi = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const F first = _mm512_permutex2var_ps(even, lo, odd);
+    odd = _mm512_permutex2var_ps(even, hi, odd);
+    even = first;
+  }
   static F load_fp16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 
   static I izero() { return _mm512_setzero_si512(); }

@@ -29,11 +29,18 @@ constexpr int sparse_regs() {
 // Bias, bank and y of the rows that exist.
 template <class V, int M>
 void finish_rows(const LinearArgs& a, int64_t tile, TileSums<V, M>& y) {
-  if (a.m == M) return finish_tile<V, M>(a, 0, tile, y);
+  if (a.m == M) {
+    if (a.bank.rank) bank_up<V, M>(a, tile, y);
+    return finish_tile<V, M>(a, tile, y);
+  }
+  LinearArgs one = a;
   for (int64_t m = 0; m < a.m; ++m) {
     TileSums<V, 1> row;
     for (int i = 0; i < V::kTileRegs; ++i) row[0][i] = y[m][i];
-    finish_tile<V, 1>(a, m, tile, row);
+    one.t = a.bank.rank ? a.t + m * a.bank.rank : nullptr;
+    one.y = static_cast<uint8_t*>(a.y) + m * a.w.out_features * (a.x_dtype == DType::f32 ? 4 : 2);
+    if (a.bank.rank) bank_up<V, 1>(one, tile, row);
+    finish_tile<V, 1>(one, tile, row);
   }
 }
 
