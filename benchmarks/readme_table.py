@@ -2,7 +2,7 @@
 
     python benchmarks/readme_table.py [--check]
 
-linear.json is `pytest benchmarks --benchmark-json`, demo.json is `calora demo --full --json`. A block whose JSON is missing is left
+linear.json is `pytest benchmarks --benchmark-json`, the demo's full.json is `calora demo --full --json`. A block whose JSON is missing is left
 empty. --check fails if README.md is not what the results say.
 """
 
@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
-from calora_ext.demo.report import arm_table
+from calora_ext.demo import ASSETS
+from calora_ext.demo.plan import TASKS
+from calora_ext.demo.report import loss_table, verdict_lines
 from calora_ext.tables import table
 
 ROOT = Path(__file__).parents[1]
@@ -48,15 +50,15 @@ def speed(results: dict) -> str:
 
 
 def recovery(results: dict) -> str:
-    """The demo's arms over its seeds."""
-    says = "\n".join(f"* {v['format']}: {v['says']}." for v in results["verdicts"])
-    steps, seeds = results["plan"]["steps"], len(results["plan"]["seeds"])
-    return f"{arm_table(results)}\n\n`calora demo --full`: {steps} steps, {seeds} seeds, {results['tokens']['austen-test']:,} held-out tokens.\n\n{says}"
+    """The demo's losses over its seeds."""
+    tables = "\n\n".join(loss_table(results, task) for task in TASKS)
+    plan = results["plan"]
+    note = f"Held-out loss, nats per token. `calora demo --full`: {plan['steps']} steps, mean ± sd of {len(plan['seeds'])} seeds."
+    return f"{tables}\n\n{note}\n\n{verdict_lines(results)}"
 
 
 def filled(readme: str) -> str:
-    for name, file, write in (("speed", "linear.json", speed), ("recovery", "demo.json", recovery)):
-        path = RESULTS / file
+    for name, path, write in (("speed", RESULTS / "linear.json", speed), ("recovery", ASSETS / "full.json", recovery)):
         block = f"\n{write(json.loads(path.read_text(encoding='utf-8')))}\n" if path.exists() else "\n"
         readme, found = re.subn(
             rf"(<!-- {name}: [^\n]*-->)\n.*?(<!-- /{name} -->)", lambda m, block=block: m[1] + block + m[2], readme, flags=re.S

@@ -1,112 +1,115 @@
-"""Make the text of the demo model from two Debian packages (public-domain books only).
+"""Make the text of the demo model from what every installation has: the standard library and torch.
 
-    apt-get download bible-kjv bible-kjv-text r-cran-janeaustenr
-    for deb in *.deb; do dpkg -x "$deb" packages; done
-    pip install rdata
-    python make_text.py --packages packages --text text --work work
+    python make_text.py --text text --work work
 
-Written to --text (shipped): austen-train, austen-valid, austen-test and kjv-sample, each `.txt.gz`, one paragraph per line.
-Written to --work (only needed to train the base): base-train.txt.gz, the same with a blank line between chapters.
-The output depends on the packages alone: no randomness, no time stamp.
+Written to --text (shipped, gzipped JSON lines of {"text"}): train, valid and test of the two tasks, docs (docstrings of
+torch's Python modules) and cpp (torch's C++ headers).
+Written to --work (only needed to train the base): base-train, Python sources of both, and python-test, held-out files of the
+standard library.
+
+A file belongs to one split only, chosen by a hash of its name; the output depends on the installed versions alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
-import re
-import subprocess
-import zlib
-from itertools import accumulate, groupby
+import hashlib
+import inspect
+import json
+import random
+import sysconfig
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-import rdata
+import torch
 
-Chapter = list[str]  # paragraphs
-
-BASE_NOVELS = ("mansfieldpark", "northangerabbey", "persuasion")
-TASK_NOVELS = ("prideprejudice", "emma")
-HELD_OUT_NOVEL = "sensesensibility"
-KJV_SAMPLE_EVERY = 21  # every 21st chapter of the Bible is kept out of the base's training text
-
-HEADING = re.compile(r"(chapter|volume)\s+([ivxlc]+|\d+)\.?", re.IGNORECASE)
-END = re.compile(r"(the end|finis)\.?", re.IGNORECASE)
-EDITORS_NOTE = re.compile(r"\[(At this point|End volume)[^\]]*\]?")
-AFTERWORD = "A NOTE ON THE TEXT"  # a modern editor's note behind Northanger Abbey
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
+TORCH = Path(torch.__file__).parent
+# Vendored, generated or tabular code teaches nothing, tests repeat themselves.
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "_vendor", "generated", "pydoc_data", "encodings", "lib2to3", "idlelib"}  # fmt: skip
+HEADERS = ("c10", "torch", "ATen/core", "ATen/cpu", "ATen/cuda", "ATen/native", "ATen/detail", "ATen/functorch")
+LARGEST_FILE = 120_000  # characters; larger ones are mostly generated
+SHORTEST_DOCSTRING = 80
+SIZES = {"train": 2_500_000, "valid": 150_000, "test": 350_000}  # characters of each task's splits
+PYTHON_TEST = 250_000
 
 
-def read_kjv(packages: Path) -> list[Chapter]:
-    """The King James Bible, one chapter per paragraph, dumped by the package's own `bible` program."""
-    command = [packages / "usr/bin/bible", "-f", "-p", packages / "usr/lib", "gen1:1-rev22:21"]
-    dump = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True).stdout
-    verses = [re.fullmatch(r"([^:]+):\d+ (.+)", line) for line in dump.splitlines() if line.strip()]
-    chapters = groupby(verses, key=lambda verse: verse[1])  # verse[1] is book and chapter, such as "Ge1"
-    return [[" ".join(verse[2].strip() for verse in chapter)] for _, chapter in chapters]
+def bucket(path: Path, root: Path) -> int:
+    """0 to 99, from the file's name below ``root``."""
+    return hashlib.blake2b(path.relative_to(root).as_posix().encode(), digest_size=4).digest()[0] * 100 // 256
 
 
-def read_novels(packages: Path) -> dict[str, list[str]]:
-    """Lines of each novel, from the R package's lazy-load database: an index of (offset, length) and zlib blocks."""
-    stem = packages / "usr/lib/R/site-library/janeaustenr/data/Rdata"
-    index = rdata.conversion.convert(rdata.parser.parse_data(zlib.decompress(stem.with_suffix(".rdx").read_bytes(), wbits=31)))
-    blob = stem.with_suffix(".rdb").read_bytes()
-    novels = {}
-    for name, (offset, length) in index["variables"].items():
-        block = zlib.decompress(blob[offset + 4 : offset + length])  # the first 4 bytes hold the unpacked size
-        novels[str(name)] = [str(line) for line in rdata.conversion.convert(rdata.parser.parse_data(block))]
-    return novels
+def sources(root: Path, suffix: str) -> Iterator[tuple[Path, str]]:
+    """Readable ASCII sources below ``root``, in the order of their names."""
+    for path in sorted(root.rglob(f"*{suffix}")):
+        if SKIPPED.isdisjoint(path.relative_to(root).parts) and "generated" not in path.name:
+            text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+            if text.isascii() and 200 <= len(text) <= LARGEST_FILE:
+                yield path, text
 
 
-def split_chapters(lines: list[str]) -> list[Chapter]:
-    """Chapters of a novel: title page, headings, end mark and editors' notes dropped, each paragraph on one line."""
-    chapters: list[Chapter] = []
-    for filled, block in groupby(lines, key=lambda line: bool(line.strip())):
-        if not filled:
-            continue
-        paragraph = " ".join(" ".join(block).split()).replace("_", "")  # _word_ marks italics
-        paragraph = EDITORS_NOTE.sub("", paragraph).strip()
-        if paragraph == AFTERWORD:
+def docstrings(text: str) -> Iterator[str]:
+    """Docstrings of a module and of everything in it, unindented."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in raw-looking docstrings
+        tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = ast.get_docstring(node, clean=False)
+            if found and len(found := inspect.cleandoc(found)) >= SHORTEST_DOCSTRING:
+                yield found
+
+
+def split(number: int) -> str:
+    """train (70 %), valid (10 %) or test (20 %) of a task, from a bucket."""
+    return "train" if number < 70 else "valid" if number < 80 else "test"
+
+
+def write(path: Path, texts: list[str], most: int | None = None) -> None:
+    """Shuffle, drop repetitions, keep whole texts up to ``most`` characters."""
+    texts = sorted(set(texts))
+    random.Random(0).shuffle(texts)
+    kept, size = [], 0
+    for text in texts:
+        if most is not None and size + len(text) > most:
             break
-        if HEADING.fullmatch(paragraph):
-            chapters.append([])
-        elif chapters and not END.fullmatch(paragraph) and re.search(r"\w", paragraph):
-            chapters[-1].append(paragraph)
-    return [chapter for chapter in chapters if chapter]
-
-
-def halve(chapters: list[Chapter]) -> tuple[list[Chapter], list[Chapter]]:
-    """Cut at a chapter so that both parts hold about the same number of characters."""
-    ends = list(accumulate(sum(map(len, chapter)) for chapter in chapters))
-    cut = min(range(len(ends)), key=lambda i: abs(2 * ends[i] - ends[-1])) + 1
-    return chapters[:cut], chapters[cut:]
-
-
-def write(path: Path, chapters: list[Chapter], separator: str = "\n") -> None:
-    """Write chapters as gzip text, one paragraph per line."""
-    text = separator.join("\n".join(chapter) for chapter in chapters) + "\n"
-    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
-    print(f"{path.name:24} {len(chapters):5} chapters {len(text):9,} characters {path.stat().st_size:8,} bytes")
+        kept.append(text)
+        size += len(text)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in kept)
+    path.write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
+    print(f"{path.name:24} {len(kept):5} of {len(texts):5} texts {size:11,} characters {path.stat().st_size:9,} bytes")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--packages", type=Path, required=True, help="folder the Debian packages were unpacked into")
     parser.add_argument("--text", type=Path, required=True, help="folder for the shipped text")
     parser.add_argument("--work", type=Path, required=True, help="folder for the base's training text")
     args = parser.parse_args()
     args.text.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
 
-    kjv = read_kjv(args.packages)
-    novels = {name: split_chapters(lines) for name, lines in read_novels(args.packages).items()}
-    sample = kjv[KJV_SAMPLE_EVERY - 1 :: KJV_SAMPLE_EVERY]
-    kept = [chapter for number, chapter in enumerate(kjv, start=1) if number % KJV_SAMPLE_EVERY]
-    valid, test = halve(novels[HELD_OUT_NOVEL])
+    base, python_test = [], []
+    tasks: dict[str, dict[str, list[str]]] = {task: {name: [] for name in SIZES} for task in ("docs", "cpp")}
+    for path, text in sources(STDLIB, ".py"):
+        (python_test if bucket(path, STDLIB) >= 94 else base).append(text)
+    for path, text in sources(TORCH, ".py"):
+        number = bucket(path, TORCH)
+        if number < 35:  # a third of torch's modules for the base, the docstrings of the others for the task
+            base.append(text)
+        else:
+            tasks["docs"][split((number - 35) * 100 // 65)].extend(docstrings(text))
+    for folder in HEADERS:
+        for path, text in sources(TORCH / "include" / folder, ".h"):
+            tasks["cpp"][split(bucket(path, TORCH))].append(text)
 
-    write(args.work / "base-train.txt.gz", kept + [c for name in BASE_NOVELS for c in novels[name]], separator="\n\n")
-    write(args.text / "kjv-sample.txt.gz", sample)
-    write(args.text / "austen-train.txt.gz", [c for name in TASK_NOVELS for c in novels[name]])
-    write(args.text / "austen-valid.txt.gz", valid)
-    write(args.text / "austen-test.txt.gz", test)
+    write(args.work / "base-train.jsonl.gz", base)
+    write(args.work / "python-test.jsonl.gz", python_test, PYTHON_TEST)
+    for task, splits in tasks.items():
+        for name, texts in splits.items():
+            write(args.text / f"{task}-{name}.jsonl.gz", texts, SIZES[name])
 
 
 if __name__ == "__main__":

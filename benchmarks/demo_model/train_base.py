@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 nice -n 19 python train_base.py --work work --text text --out base
 
-Seeded: the same machine, thread count and library versions give the same model. Loss is in nats per token.
+Arithmetic under bf16 autocast, weights in fp32. Seeded: the same machine, thread count and library versions give the same model. Loss is in nats per token.
 The checkpoint in --out is replaced every --save-minutes, so that a usable model exists early.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import math
 import shutil
 import time
@@ -23,9 +24,9 @@ CONTEXT = 256
 VOCABULARY = 2048
 
 
-def read_text(path: Path) -> str:
-    """The text of a `.txt.gz` file."""
-    return gzip.decompress(path.read_bytes()).decode()
+def read_texts(path: Path) -> list[str]:
+    """The texts of a `.jsonl.gz` file."""
+    return [json.loads(line)["text"] for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -121,10 +122,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder with base-train.txt.gz (make_text.py --work)")
+    parser.add_argument("--work", type=Path, required=True, help="folder with base-train.jsonl.gz (make_text.py --work)")
     parser.add_argument("--text", type=Path, required=True, help="folder with the shipped text (make_text.py --text)")
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=16, help="windows of 256 tokens")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -134,12 +135,13 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    base_text = read_text(args.work / "base-train.txt.gz")
-    tokenizer = train_tokenizer([base_text, read_text(args.text / "austen-train.txt.gz")])
-    stream = encode(tokenizer, [document + "\n" for document in base_text.rstrip("\n").split("\n\n")])
+    base_texts = read_texts(args.work / "base-train.jsonl.gz")
+    tasks = [text for task in ("docs", "cpp") for text in read_texts(args.text / f"{task}-train.jsonl.gz")]
+    tokenizer = train_tokenizer(base_texts[::3] + tasks)
+    stream = encode(tokenizer, base_texts)
     held_out = {
-        name: windows(torch.tensor(tokenizer(read_text(args.text / f"{name}.txt.gz"), verbose=False)["input_ids"]))
-        for name in ("kjv-sample", "austen-valid")
+        path.stem: windows(encode(tokenizer, read_texts(path.with_suffix(".jsonl.gz"))))
+        for path in (args.work / "python-test", args.text / "docs-valid", args.text / "cpp-valid")
     }
     model = build_model(tokenizer)
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -159,7 +161,8 @@ def main() -> None:
     compiled = torch.compile(model)  # about a fifth faster on a CPU; shares its parameters with `model`
     for step in range(1, args.steps + 1):
         rows = next(data)
-        loss = compiled(input_ids=rows, labels=rows).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(input_ids=rows, labels=rows).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

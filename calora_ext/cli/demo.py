@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    full: Annotated[bool, typer.Option("--full", help="Every arm, several formats, three seeds, more steps; takes an hour or so.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every arm on every task and harsh format, three seeds; takes an hour or so.")] = False,
     json_file: Json = None,
 ) -> None:
     """Compress a small model, carry its LoRA over, recover what was lost, time the kernel; writes ./calora-demo-report."""
@@ -24,9 +24,7 @@ def demo(
     report.fresh_folder(REPORT)
     results = tell(FULL if full else QUICK, REPORT)
     report.write_report(REPORT, results, machine_facts())
-    print(f"\n{report.arm_table(results)}\n\n{report.kernel_table(results)}\n")
-    for verdict in results["verdicts"]:
-        print(f"{verdict['format']}: {verdict['says']}.")
+    print("\n" + "\n\n".join(part for part in report.summary(results) if part))
     print(f"\nReport: {REPORT / 'report.md'}")
     if json_file is not None:
         write_text(json_file, (REPORT / "report.json").read_text(encoding="utf-8"))

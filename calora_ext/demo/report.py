@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 from .. import plots
 from ..errors import CaloraError
 from ..tables import format_bytes, table
+from .plan import ARMS, DENSE, TASKS
 
 REPORT = Path("calora-demo-report")
 MADE_BY = "calora demo"
@@ -38,17 +40,47 @@ def write_report(path: Path, results: dict, machine: dict) -> None:
     (path / "report.md").write_text(_markdown(results, pictures), encoding="utf-8")
 
 
-def arm_table(results: dict) -> str:
-    """The table of the story: an arm per row."""
+def loss_table(results: dict, task: str) -> str:
+    """Losses of one task: what is beside the base down, the format of the base across. A star marks packaged results."""
+    formats = [form for form in results["sizes"] if any(row["format"] == form for row in results["rows"])]
+    cells = {(row["arm"], row["format"]): row for row in results["rows"] if row["task"] == task}
+    rows = [(title, *(_loss(cells.get((arm, form))) for form in formats)) for arm, title in ARMS.items()]
+    return table((task, *formats), rows)
+
+
+def _loss(row: dict | None) -> str | None:
+    if row is None:
+        return None
+    return f"{row['loss']:.4f}" + (f" ± {row['sd']:.4f}" if row["sd"] else "") + ("*" if row["packaged"] else "")
+
+
+def packaged_note(results: dict) -> str:
+    """What the star means, if there is one."""
+    starred = [row for row in results["rows"] if row["packaged"]]
+    if not starred:
+        return ""
+    return f"\\* from the packaged results of `calora demo --full`: mean ± sd of {len(starred[0]['losses'])} seeds; everything else was measured here."
+
+
+def verdict_lines(results: dict) -> str:
+    lines = [f"* {v['task']}, {v['format']}{' (packaged)' if v['packaged'] else ''}: {v['says']}." for v in results["verdicts"]]
+    return "\n".join(lines)
+
+
+def speed_table(results: dict) -> str:
+    """What each kind of model takes and how fast it decodes."""
+    task = results["plan"]["trained"][-1][0]
     rows = [
-        (
-            row["arm"], row["steps"] or None, f"{row['loss']:.4f}" + (f" ± {row['sd']:.4f}" if row["sd"] else ""),
-            f"{row['perplexity']:.2f}", format_bytes(row["bytes"]),
-            None if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}",
-        )
-        for row in results["arms"]
+        (row["format"], ARMS[row["arm"]], format_bytes(row["bytes"]), f"{row['parameters']:,}" if row["parameters"] else None,
+         None if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.0f}")
+        for row in results["rows"] if row["task"] == task and not row["packaged"]
     ]  # fmt: skip
-    return table(("arm", "steps trained", "loss", "perplexity", "on disk", "tokens/s"), rows)
+    return table(("base", "beside it", "on disk", "trained parameters", "tokens/s"), rows)
+
+
+def summary(results: dict) -> list[str]:
+    """What the terminal shows at the end."""
+    return [*(loss_table(results, task) for task in TASKS), packaged_note(results), kernel_table(results), verdict_lines(results)]
 
 
 def kernel_table(results: dict) -> str:
@@ -70,18 +102,20 @@ def _times(results: dict) -> dict[str, tuple[float, float]]:
 
 def _pictures(path: Path, results: dict) -> dict[str, str]:
     """Draw the pictures; heading -> file name."""
-    form = results["plan"]["trained"][-1]
+    task, form = results["plan"]["trained"][-1]
     plots.size_bars(path / "sizes.png", "Weight files of the demo model", results["sizes"])
     plots.error_map(path / "errors.png", f"{form}: relative error of each weight", results["errors"][form])
     pictures = {"Size": "sizes.png", "Error of each layer": "errors.png"}
-    shown = [row for row in results["arms"] if row["format"] in (None, form) and "exact" not in row["arm"] and row["arm"] != "dense"]
-    shown = [row for row in shown if row["arm"] != form]
-    lines = {"ceiling": results["verdicts"][0]["ceiling"], "inherited": results["verdicts"][-1]["inherited"]} if results["verdicts"] else {}
-    dots = [(row["arm"], row["loss"], row["sd"] or 0.0, "CA-LoRA" in row["arm"]) for row in shown]
-    plots.loss_dots(path / "losses.png", f"{form}: what compression costs the adapter, and what comes back", dots, lines)
-    pictures["Loss"] = "losses.png"
-    if results["curves"]:
-        plots.training_curves(path / "training.png", "Training", results["curves"])
+    for verdict in results["verdicts"]:
+        shown = [row for row in results["rows"] if (row["task"], row["format"]) == (verdict["task"], verdict["format"]) and row["arm"] != "none"]
+        dots = [(ARMS[row["arm"]], row["loss"], row["sd"], row["arm"] == "i-rc-d") for row in shown]
+        name = f"losses-{verdict['task']}-{verdict['format']}.png".replace(" ", "-")
+        title = f"{verdict['task']}, {verdict['format']}: what compression costs the adapter, and what comes back"
+        plots.loss_dots(path / name, title, dots, {"ceiling": verdict["ceiling"], "inherited": verdict["inherited"]})
+        pictures[f"Recovery: {verdict['task']}, {verdict['format']}"] = name
+    curves = {title.partition(": ")[2]: losses for title, losses in results["curves"].items() if title.startswith(f"{task}: ")}
+    if curves:
+        plots.training_curves(path / "training.png", f"Training on {task}", curves)
         pictures["Training"] = "training.png"
     first = results["kernels"][0]
     title = f"One {first['out_features']} x {first['in_features']} layer, one token, {first['threads']} threads, {first['isa']}"
@@ -91,32 +125,41 @@ def _pictures(path: Path, results: dict) -> dict[str, str]:
 
 
 def _markdown(results: dict, pictures: dict[str, str]) -> str:
-    plan, machine, first = results["plan"], results["machine"], results["kernels"][0]
-    dense = sum(results["sizes"]["dense bf16"].values())
+    plan, machine, first, activations = results["plan"], results["machine"], results["kernels"][0], results["activations"]
+    dense = sum(results["sizes"][DENSE].values())
     sizes = [(name, f"{sum(parts.values()):,}", f"{dense / sum(parts.values()):.2f} ×") for name, parts in results["sizes"].items()]
+    quantised = "; ".join(
+        f"{task} {math.exp(activations['exact'][task]):.3f} -> {math.exp(loss):.3f}" for task, loss in activations["int8"].items()
+    )
     parts = [
         "# calora demo",
         f"Measured on this machine by this run: {machine['processor']}, {machine['threads']} threads, rung {machine['rung chosen']}, "
         f"torch {machine['torch']}, {results['seconds']:.0f} s in all.",
         "## What came out",
-        "\n".join(f"* {v['format']}: {v['says']}." for v in results["verdicts"]),
-        f"* A saved model loads with {'bit-identical' if results['round_trip_bit_exact'] else 'DIFFERENT'} logits.",
-        "## Arms",
-        arm_table(results),
-        f"Loss in nats per token on {results['tokens']['austen-test']:,} tokens of *Sense and Sensibility*, in windows of {plan['window']}; "
-        "fp32 arithmetic around int8 activations. *On disk*: weight files of the model and of the adapter. *tokens/s*: greedy "
-        "decoding, median of three. The model is so small that its tokens per second are mostly Python's; the table of one "
-        "real layer below says what the kernels do.",
-        _picture(pictures, "Loss"),
+        verdict_lines(results),
+        f"* A saved model loads with {'bit-identical' if results['round_trip_bit_exact'] else 'DIFFERENT'} logits.\n"
+        f"* INT8 activations change the perplexity of {activations['format']}: {quantised}.",
+        "## Losses",
+        *(loss_table(results, task) for task in TASKS),
+        packaged_note(results),
+        f"Nats per token on {plan['windows']} windows of {plan['window']} held-out tokens; fp32 arithmetic around int8 activations. Trained "
+        f"arms: {plan['steps']} steps of {plan['batch_size']} x {plan['window']} tokens, all on the same tokens. *LoRA trained on*, on the dense "
+        "model, is the ceiling. *Larger LoRA*: as many parameters as CA-LoRA trains. *g64*: groups of 64 columns share a scale; *row*: one scale "
+        "per row; *everywhere*: the embeddings and the output head tied to them as well.",
+        *(f"![{heading}]({name})" for heading, name in pictures.items() if heading.startswith("Recovery")),
         _picture(pictures, "Training"),
-        "## Size",
+        "## Size and speed",
         table(("weights", "bytes on disk", "smaller by"), sizes),
-        "*g64*: groups of 64 columns share a scale; *row*: a scale per row; *everywhere*: a scale per row, for the embeddings and the "
-        "output head tied to them as well.",
         _picture(pictures, "Size"),
         _picture(pictures, "Error of each layer"),
-        "## Text, with the adapter on and off",
-        "\n\n".join(f"* {s['model']}, adapter **{s['adapter']}**: {s['prompt']}*{' '.join(s['text'].split())}*" for s in results["samples"]),
+        speed_table(results),
+        "*On disk*: weight files of the model and of the adapter. *tokens/s*: greedy decoding, median of three. The model is so small that its "
+        "tokens per second are mostly Python's; the table of one real layer below says what the kernels do.",
+        "## Text, without an adapter and with each",
+        "\n\n".join(
+            f"{s['model']}, {'adapter **' + s['adapter'] + '**' if s['adapter'] else '**no** adapter'}:\n```\n{s['prompt']}{s['text']}\n```"
+            for s in results["samples"]
+        ),
         "## One layer of a real size",
         kernel_table(results),
         f"{first['out_features']} x {first['in_features']}, one row of x, LoRA of rank 16 (fused in ours, two more products in the others), "
