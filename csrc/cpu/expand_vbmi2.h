@@ -9,14 +9,14 @@ namespace {
 
 #ifdef __AVX512VBMI2__
 
-inline uint64_t load_bits(const uint8_t* p) {
+__attribute__((always_inline)) inline uint64_t load_bits(const uint8_t* p) {
   uint64_t v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
 // The next codes of a stream at the places that `bits` name, `middle` elsewhere.
-inline __m512i next_bytes(uint64_t bits, const uint8_t*& from, __m512i middle) {
+__attribute__((always_inline)) inline __m512i next_bytes(uint64_t bits, const uint8_t*& from, __m512i middle) {
   const __m512i v = _mm512_mask_expand_epi8(middle, bits, _mm512_loadu_si512(from));
   from += __builtin_popcountll(bits);
   return v;
@@ -24,7 +24,7 @@ inline __m512i next_bytes(uint64_t bits, const uint8_t*& from, __m512i middle) {
 
 // The same from the low or the high nibbles of a stream of bytes.
 template <bool high>
-inline __m512i next_nibbles(uint64_t bits, const uint8_t*& from, __m512i middle) {
+__attribute__((always_inline)) inline __m512i next_nibbles(uint64_t bits, const uint8_t*& from, __m512i middle) {
   __m512i v = _mm512_loadu_si512(from);
   if constexpr (high) v = _mm512_srli_epi16(v, 4);
   from += __builtin_popcountll(bits);

@@ -5,10 +5,19 @@
 namespace calora {
 namespace {
 
-constexpr int64_t kTouchAhead = 512;  // bytes of a stream that are asked for before they are needed
+constexpr int64_t kTouchAhead = 1024;  // bytes of a stream that are asked for before they are needed
+constexpr int64_t kVisit = 4;         // times 32 columns of a tile, before the next tile has its turn
 
 // always_inline: GCC takes a function that only prefetches for one without effects and deletes the call.
 __attribute__((always_inline)) inline void touch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p + kTouchAhead), _MM_HINT_T1); }
+
+// Keeps a vector in a register: GCC folds a load into every use of it, and loads are what these kernels have too many of.
+template <class T>
+__attribute__((always_inline)) inline void keep_loaded(T& v) { asm("" : "+v"(v)); }
+
+// Keeps a pointer in one register, and what is added to it in the addresses: GCC makes a pointer of every offset, and spills them.
+template <class T>
+__attribute__((always_inline)) inline void keep_pointer(T*& p) { asm("" : "+r"(p)); }
 
 template <class V, int M>
 using TileSums = typename V::F[M][V::kTileRegs];
