@@ -25,7 +25,27 @@ void units(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
   else decode_sparse<V>(a, unit_begin, unit_end);
 }
 
-void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) { kReference.decode_rows(w, begin, end, out); }
+// Sparse weights are expanded a piece of a tile at a time: element by element, the reference counts the bits before each.
+template <class V>
+void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) {
+  if (w.pattern == Pattern::dense) return kReference.decode_rows(w, begin, end, out);
+  const Geometry& g = w.g;
+  alignas(64) float panel[kChunkColumns * kTileRows];
+  for (int64_t tile = begin / kTileRows; tile * kTileRows < end; ++tile)
+    for (int64_t k = 0; k < w.in_features;) {
+      const int64_t block = k / g.block_columns, left = (block + 1) * g.block_columns - k;
+      const int64_t columns = left < kChunkColumns ? left : kChunkColumns;
+      const Block b = block_of<V>(w, tile, block, k % g.block_columns, columns);
+      decode_fp32<V>(w.values, b, 0, columns, panel);
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const int64_t n = tile * kTileRows + r;
+        if (n < begin || n >= end) continue;
+        for (int64_t c = 0; c < columns && k + c < w.in_features; ++c)
+          out[(n - begin) * w.in_features + k + c] = panel[c * kTileRows + r] * b.scale[r];
+      }
+      k += columns;
+    }
+}
 
 // Four streams with software prefetch: what one core needs to saturate its share of the memory bus.
 template <class V>
@@ -49,7 +69,7 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 // consteval: a table built at load would run code of this instruction set on processors that lack it.
 template <class V>
 consteval Kernels rung(const char* isa) {
-  return {isa, prepare_x<V>, bank_down<V>, units<V>, decode_rows, prepare_grad<V>, backward_units<V>, read<V>};
+  return {isa, prepare_x<V>, bank_down<V>, units<V>, decode_rows<V>, prepare_grad<V>, backward_units<V>, read<V>};
 }
 
 }  // namespace
