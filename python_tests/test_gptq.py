@@ -8,7 +8,7 @@ from torch import nn
 from zoo import ZOO, dense, logits
 
 import calora_ext as cx
-from calora_ext.compression import gptq
+from calora_ext.compression import gptq, obs
 from calora_ext.compression.calibrate import Grams, find_blocks, run_blocks, token_batches
 
 FORMATS = [
@@ -34,8 +34,8 @@ def closed_form(weight, gram, fmt):
     """Optimal brain surgery, one column after the other, inverting what is left of the damped Gram matrix each time."""
     plain = fmt.quantize(weight)
     block = fmt.geometry(weight.shape[1], weight.shape[0]).block_columns
-    low, high, middle = gptq.CODES[fmt.values]
-    h = gram.double() + gptq.DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram))
+    low, high, middle = obs.CODES[fmt.values]
+    h = gram.double() + obs.DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram))
     w, left = weight.double().clone(), torch.argsort(gram.diagonal(), descending=True).tolist()
     codes = torch.empty_like(w)
     while left:
@@ -85,8 +85,8 @@ def test_columns_without_input_are_rounded_to_nearest():
 def test_factor_is_that_of_the_damped_inverse():
     _, x = layer(in_=40)
     gram = x.t() @ x
-    upper = gptq.inverse_factor(gram).double()
-    damped = gram.double() + gptq.DAMPING * gram.double().diagonal().mean() * torch.eye(40)
+    upper = obs.inverse_factor(gram).double()
+    damped = gram.double() + obs.DAMPING * gram.double().diagonal().mean() * torch.eye(40)
     torch.testing.assert_close(upper.t() @ upper @ damped, torch.eye(40, dtype=torch.double), atol=1e-3, rtol=0)
     assert torch.equal(upper, upper.triu())
 
@@ -97,7 +97,7 @@ def test_damping_escalates_instead_of_failing():
     indefinite = rank_one - 0.5 * rank_one.diagonal().mean() * torch.eye(50)  # what rounding can do to a Gram matrix, and worse
     weight = torch.randn(8, 50)
     for gram in (rank_one, indefinite):
-        assert torch.isfinite(gptq.inverse_factor(gram)).all()
+        assert torch.isfinite(obs.inverse_factor(gram)).all()
         assert torch.isfinite(decoded(gptq.quantize(weight, gram, FORMATS[0]), FORMATS[0])).all()
 
 

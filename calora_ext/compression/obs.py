@@ -1,0 +1,88 @@
+"""Optimal brain surgery column by column: what GPTQ and SparseGPT share.
+
+Changing column i of a weight W by an error costs ||error X||² for the layer's inputs X. The columns still to come make up for
+it best by moving along row i of U, the upper Cholesky factor of (X Xᵀ + damping)⁻¹ (Frantar et al., arXiv 2210.17323, 2301.00774).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import CaloraError
+from ..formats import Quantized, WeightFormat
+from ..formats.values import INT4_MAX, INT4_ZERO, INT8_MAX, INT8_ZERO
+
+DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as published
+ESCALATE = 10.0
+ATTEMPTS = 8
+LAZY = 128  # columns whose updates of the rest are applied at once
+
+# The smallest, largest and (where no zero point is stored) middle code.
+CODES = {"int4": (0, INT4_MAX, INT4_ZERO), "int8": (INT8_ZERO - INT8_MAX, INT8_ZERO + INT8_MAX, INT8_ZERO)}
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """The upper Cholesky factor of (gram + damping)⁻¹, (in, in) float32. gram: X Xᵀ of the inputs, not changed.
+
+    A factorisation that fails is tried in float64, then with tenfold damping until it succeeds. Raises CaloraError for a Gram
+    matrix that is not finite.
+    """
+    if not torch.isfinite(gram).all():
+        raise CaloraError("the inputs of this layer are NaN or infinite on the calibration data; check the model and the data")
+    mean = float(gram.diagonal().double().mean())
+    if mean == 0:  # nothing ever arrived: every column is independent
+        return torch.eye(len(gram))
+    gram, damping = gram.float(), DAMPING * mean
+    for _ in range(ATTEMPTS):
+        for dtype in (torch.float32, torch.float64):
+            damped = gram.to(dtype, copy=True)
+            damped.diagonal().add_(damping)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not failed and torch.isfinite(upper).all():
+                    return upper.float()
+        damping *= ESCALATE
+    # Unreachable for a positive semi-definite matrix: by now the damping is 10^5 times its mean eigenvalue.
+    raise CaloraError("the inputs of this layer give no usable Gram matrix; leave calibration out")
+
+
+def sweep(w: Tensor, factor: Tensor, settle: Callable[[int, Tensor], Tensor], stripe: int = 1, lazy: int = LAZY) -> None:
+    """Settle the columns of a weight one after the other, each error spread over those still to come, in place.
+
+    w: (in, out) float32, a column of the layer's weight to a row; factor: (in, in), in the same order. settle(i, column) returns
+    what the column becomes; where i is a multiple of `stripe` all columns of the stripe are up to date when it is called.
+    """
+    lazy = max(lazy // stripe, 1) * stripe
+    for begin in range(0, len(w), lazy):
+        end = min(begin + lazy, len(w))
+        errors = torch.empty_like(w[begin:end])
+        for i in range(begin, end):
+            settled = settle(i, w[i])
+            errors[i - begin] = (w[i] - settled) / factor[i, i]
+            w[i] = settled
+            w[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i - begin], alpha=-1)
+        w[end:].addmm_(factor[begin:end, end:].t(), errors, alpha=-1)
+
+
+class Grid:
+    """The values that a format with scales chosen beforehand can store, column by column."""
+
+    def __init__(self, plain: Quantized, fmt: WeightFormat) -> None:
+        """plain: a weight rounded to nearest, whose scales and zero points are the ones to use."""
+        self.low, self.high, self.middle = CODES[fmt.values]
+        out_features, in_features = plain.codes.shape
+        self.columns = fmt.geometry(in_features, out_features).block_columns
+        self.scale = plain.scale.float().t()  # (blocks, out)
+        self.safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        self.zero = None if plain.zero is None else plain.zero.float().t()
+
+    def nearest(self, column: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and values nearest to w (out,) in a column of the layer, both float32."""
+        block = column // self.columns
+        zero = self.middle if self.zero is None else self.zero[block]
+        codes = ((w / self.safe[block]).round_() + zero).clamp_(self.low, self.high)
+        return codes, (codes - zero) * self.scale[block]
