@@ -11,11 +11,11 @@ from torch import Tensor
 from .errors import CaloraError
 from .formats import LAYOUT_VERSION, WeightFormat
 from .formats.values import VALUES
-from .pruning import magnitude
+from .pruning import NofM, Target, magnitude, parse
 
 DEFAULT_GROUP, DEFAULT_SPARSE_GROUP = 64, 128
-PRUNERS = ("magnitude",)
-LATER = {"pruner": ("wanda", "sparsegpt"), "rates": ("rmi", "owl", "arithmetic")}
+PRUNERS = ("magnitude", "wanda", "sparsegpt")
+RATES_LATER = ("rmi", "owl", "arithmetic")
 ROUNDINGS = ("rtn", "gptq")
 ACTIVATIONS = ("int8", "exact")
 
@@ -27,11 +27,14 @@ class Recipe:
     weights: how a kept weight is stored: ``"int4"``, ``"int8"`` (one scale per row) or ``"bf16"``.
     group_size: columns that share an int4 scale, a multiple of 32, or -1 for one scale per row; default 64, sparse 128.
     symmetric: False stores a zero point per int4 group of a dense weight.
-    rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data); default gptq when
-    calibration data is given, rtn otherwise.
-    sparsity: which weights of the linear layers are kept: ``"2:4"``, two of every four along a row; a number from 0 to 1, the
-    share of every layer's weights that is not kept; None keeps all. The head and the embeddings stay dense.
-    pruner: what chooses them: ``"magnitude"``, the default, keeps the largest.
+    rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data), which also lets the kept
+    weights of a sparse layer make up for the pruned ones; default gptq when calibration data is given, rtn otherwise.
+    sparsity: which weights of the linear layers are kept: ``"2:4"``, two of every four along a row, or another n:m, which is stored
+    like any mask; a number from 0 to 1, the share of the weights that is not kept; None keeps all. The head and the embeddings
+    stay dense.
+    pruner: what chooses them: ``"magnitude"`` keeps the largest; ``"wanda"`` (Sun et al. 2023) the largest times the norm of
+    their input; ``"sparsegpt"`` (Frantar and Alistarh 2023) those that the others cannot make up for, which move to do so. The
+    last two need calibration data; default sparsegpt where it is given, magnitude otherwise. A weight that is 0 stays 0.
     rates: ``"uniform"``: every layer is equally sparse.
     activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
     lm_head: how the output head is stored where it is not tied to the input embeddings; None keeps it dense.
@@ -69,23 +72,18 @@ class Recipe:
     def _check_sparsity(self) -> None:
         if self.sparsity is None and self.pruner is not None:
             raise CaloraError(f"pruner={self.pruner!r} has no meaning without sparsity; leave pruner out")
-        for name, later in LATER.items():
-            value = getattr(self, name)
-            if isinstance(value, dict) or value in later:
-                raise CaloraError(f"{name}={value!r} is not in this version; leave {name} out")
+        if isinstance(self.rates, dict) or self.rates in RATES_LATER:
+            raise CaloraError(f"rates={self.rates!r} is not in this version; leave rates out")
         _choose("rates", self.rates, ("uniform",))
         if self.sparsity is None:
             return
         if self.pruner is not None:
             _choose("pruner", self.pruner, PRUNERS)
-        if isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool) and 0 <= self.sparsity <= 1:
+        parse(self.sparsity)  # its own checks
+        if not isinstance(self.sparsity, str):
             object.__setattr__(self, "sparsity", float(self.sparsity))
-        elif self.sparsity != "2:4":
-            raise CaloraError(f"sparsity must be '2:4' or the share of weights to remove, from 0 to 1; got {self.sparsity!r}")
         if self.symmetric is False:
             raise CaloraError("symmetric=False has no meaning for sparse weights, which have no zero points; leave it out")
-        if self.rounding == "gptq":
-            raise CaloraError("rounding='gptq' does not know sparse weights; use rounding='rtn'")
 
     def _check_weights(self, field: str, name: Any) -> None:
         if name is None and field != "weights":
@@ -115,16 +113,24 @@ class Recipe:
         object.__setattr__(self, "skip", tuple(self.skip))
 
     def resolve(self, calibrated: bool) -> Recipe:
-        """This recipe with ``rounding`` and ``pruner`` decided. Raises CaloraError for gptq without calibration data."""
-        if self.sparsity is not None:
-            if calibrated:
-                raise CaloraError("pruning by calibration data is not in this version; leave calibration out, or sparsity")
-            return replace(self, rounding="rtn", pruner=self.pruner or "magnitude")
-        if self.rounding is None:
-            return replace(self, rounding="gptq" if calibrated and self.weights != "bf16" else "rtn")
-        if self.rounding == "gptq" and not calibrated:
-            raise CaloraError("rounding='gptq' needs calibration data; pass calibration=, or use rounding='rtn'")
-        return self
+        """This recipe with ``rounding`` and ``pruner`` decided. Raises CaloraError for a choice that needs calibration data
+        without it, and for calibration data that no choice needs."""
+        pruner = self.pruner or (None if self.sparsity is None else "sparsegpt" if calibrated else "magnitude")
+        rounding = self.rounding or ("gptq" if calibrated and self.weights != "bf16" else "rtn")
+        resolved = replace(self, pruner=pruner, rounding=rounding)
+        needs = resolved.calibrated_choices
+        if needs and not calibrated:
+            field, instead = needs[0], {"pruner": "magnitude", "rounding": "rtn"}[needs[0]]
+            raise CaloraError(f"{field}={getattr(resolved, field)!r} needs calibration data; pass calibration=, or use {field}={instead!r}")
+        if calibrated and not needs:
+            chosen = f"rounding={rounding!r}" + (f" and pruner={pruner!r}" if pruner else "")
+            raise CaloraError(f"calibration data has no meaning for {chosen}; leave one of them out")
+        return resolved
+
+    @property
+    def calibrated_choices(self) -> list[str]:
+        """The fields whose values look at the inputs of a layer; for a resolved recipe."""
+        return [f for f, values in (("pruner", ("wanda", "sparsegpt")), ("rounding", ("gptq",))) if getattr(self, f) in values]
 
     def format(self, role: str = "linear") -> WeightFormat | None:
         """The weight format of a ``"linear"``, the ``"lm_head"`` or the ``"embeddings"``; None: it stays dense."""
@@ -141,11 +147,19 @@ class Recipe:
     @property
     def density(self) -> float:
         """Share of the weights of a linear layer that are kept."""
-        return 1.0 if self.sparsity is None else 0.5 if self.sparsity == "2:4" else 1 - self.sparsity
+        if self.sparsity is None:
+            return 1.0
+        parsed = parse(self.sparsity)
+        return parsed.keep / parsed.of if isinstance(parsed, NofM) else 1 - parsed
 
     def mask(self, weight: Tensor) -> Tensor | None:
-        """The weights (out, in) of a linear layer that the pruner keeps; None: all."""
-        return None if self.sparsity is None else magnitude(weight, self.sparsity)
+        """The weights (out, in) of a linear layer that pruning by magnitude keeps; None: all."""
+        return None if self.sparsity is None else magnitude(weight, self.target(weight.numel()))
+
+    def target(self, weights: int) -> Target:
+        """How much is pruned of a linear layer with so many weights, where every layer is equally sparse."""
+        parsed = parse(self.sparsity)
+        return parsed if isinstance(parsed, NofM) else round(parsed * weights)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; carries the layout version of this package."""

@@ -104,9 +104,10 @@ def test_compressed_directory_is_complete(world):
     ("options", "words"),
     [
         (["--weights", "int5"], ["int5", "int4"]),
-        (["--sparsity", "1:4"], ["1:4", "2:4"]),
+        (["--sparsity", "4:4"], ["4:4", "2:4"]),
         (["--sparsity", "7"], ["7.0", "from 0 to 1"]),
-        (["--sparsity", "2:4", "--pruner", "wanda"], ["pruner='wanda' is not in this version"]),
+        (["--sparsity", "2:4", "--pruner", "wanda"], ["pruner='wanda' needs calibration data"]),
+        (["--sparsity", "2:4", "--pruner", "random"], ["random", "sparsegpt"]),
         (["--pruner", "wanda"], ["pruner"]),
         (["--group-size", "48"], ["group_size", "48"]),
         (["--skip", "("], ["regex"]),
@@ -338,7 +339,8 @@ def test_resume(calora, world, tmp_path):
 
 def test_sparse_from_estimate_to_inspect(calora, world, tmp_path):
     options = ("--sparsity", "2:4", "--pruner", "magnitude", "--group-size", 32)
-    refused(calora("compress", world / "dense", "-o", tmp_path / "sparse", *options, "--calibration", world / "train.txt"), "calibration")
+    data = ("--calibration", world / "train.txt")
+    refused(calora("compress", world / "dense", "-o", tmp_path / "sparse", *options, *data, "--rounding", "rtn"), "calibration")
     estimated = calora("estimate", world / "dense", *options).json
     done = calora("compress", world / "dense", "-o", tmp_path / "sparse", *options)
     assert done.json["recipe"]["sparsity"] == "2:4" and "int4 g32 2:4" in done.out
@@ -363,6 +365,16 @@ def test_unstructured_from_compress_to_inspect(calora, world, tmp_path):
     stored = sum(rows[f"model.layers.0.self_attn.q_proj.{name}"]["bytes"] for name in ("packed", "offsets", "kept"))
     assert q["bits_per_weight"] == 8 * stored / cx.load(tmp_path / "sparse").model.layers[0].self_attn.q_proj.weight.numel()
     assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
+
+
+@pytest.mark.parametrize("options", [(), ("--pruner", "wanda"), ("--pruner", "wanda", "--rounding", "rtn"), ("--weights", "bf16"), ("--sparsity", "0.5")], ids=str)
+def test_pruned_by_calibration(calora, world, tmp_path, options):
+    done = calora("compress", world / "dense", "-o", tmp_path / "out", "--sparsity", "2:4", "--calibration", world / "train.txt", *options)
+    recipe = done.json["recipe"]
+    assert recipe["pruner"] == ("wanda" if "wanda" in options else "sparsegpt") and recipe["rounding"] == ("gptq" if len(options) < 3 and "bf16" not in options else "rtn")
+    assert done.json["sparsity"] == 0.5 and set(done.json["layer_sparsity"].values()) == {0.5} and done.json["uncalibrated"] == []
+    assert f"{recipe['pruner']}: 50.00 % of" in done.out
+    assert calora("eval", tmp_path / "out", "--data", world / "test.txt").json["perplexity"] > 1
 
 
 def test_inspect(calora, world, tmp_path):

@@ -9,7 +9,7 @@ from zoo import ZOO, dense, logits
 
 import calora_ext as cx
 from calora_ext.compression import gptq, obs
-from calora_ext.compression.calibrate import Grams, find_blocks, run_blocks, token_batches
+from calora_ext.compression.calibrate import Statistics, find_blocks, run_blocks, token_batches
 
 FORMATS = [
     cx.WeightFormat("int4", 64), cx.WeightFormat("int4", -1), cx.WeightFormat("int4", 32, symmetric=False), cx.WeightFormat("int8"),
@@ -175,7 +175,7 @@ def test_blocks_see_what_the_compressed_blocks_before_them_give(name):
     def compress(block, grams):
         order.append(block)
         assert set(grams) == set(blocks[block])
-        plain = Grams({n: twin.get_submodule(n) for n in blocks[block]})
+        plain = Statistics({n: twin.get_submodule(n) for n in blocks[block]})
         with torch.no_grad():
             for ids in batches:
                 twin(input_ids=ids, **({"decoder_input_ids": ids} if name == "t5" else {}))

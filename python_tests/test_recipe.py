@@ -12,7 +12,6 @@ def test_defaults_are_the_stated_ones():
     assert recipe.format() == WeightFormat("int4", 64)
     assert recipe.format("lm_head") == WeightFormat("int8") and recipe.format("embeddings") is None
     assert recipe.resolve(calibrated=False).rounding == "rtn" and recipe.resolve(calibrated=True).rounding == "gptq"
-    assert Recipe(weights="bf16").resolve(calibrated=True).rounding == "rtn"
     assert Recipe(weights="int8").group_size == -1
     assert Recipe(weights="int8", embeddings="int4").format("embeddings") == WeightFormat("int4", 64)
     assert Recipe(group_size=128, embeddings="int4").format("embeddings") == WeightFormat("int4", 128)
@@ -20,6 +19,10 @@ def test_defaults_are_the_stated_ones():
     assert sparse.format() == WeightFormat("int4", 128, pattern="2:4") and sparse.format("lm_head") == WeightFormat("int8")
     assert sparse.resolve(calibrated=False).pruner == "magnitude" and sparse.resolve(calibrated=False).rounding == "rtn"
     assert Recipe(sparsity=0.7).format() == WeightFormat("int4", 128, pattern="unstructured") and Recipe(sparsity=0.75).density == 0.25
+    assert Recipe(sparsity="2:8").format().pattern == "unstructured" and Recipe(sparsity="2:8").density == 0.25
+    calibrated = sparse.resolve(calibrated=True)
+    assert (calibrated.pruner, calibrated.rounding) == ("sparsegpt", "gptq")
+    assert Recipe(weights="bf16", sparsity="2:4").resolve(calibrated=True).rounding == "rtn"
     assert Recipe(sparsity="2:4", group_size=64).format() == WeightFormat("int4", 64, pattern="2:4")
 
 
@@ -30,17 +33,15 @@ def test_defaults_are_the_stated_ones():
         ({"weights": "nf4"}, "weights='nf4' is not in this version"),
         ({"weights": None}, "unknown weights None"),
         ({"weights": ["int4"]}, "unknown weights"),
-        ({"sparsity": "1:4"}, "sparsity must be '2:4' or .* got '1:4'"),
+        ({"sparsity": "4:4"}, "sparsity must be a pattern such as '2:4'.* got '4:4'"),
         ({"sparsity": 1.5}, "from 0 to 1; got 1.5"),
         ({"sparsity": float("nan")}, "from 0 to 1; got nan"),
         ({"sparsity": True}, "from 0 to 1; got True"),
         ({"sparsity": ["2:4"]}, "sparsity must be"),
-        ({"sparsity": 0.7, "pruner": "sparsegpt"}, "pruner='sparsegpt' is not in this version"),
-        ({"sparsity": "2:4", "pruner": "wanda"}, "pruner='wanda' is not in this version"),
         ({"sparsity": "2:4", "pruner": "random"}, "unknown pruner 'random'"),
         ({"sparsity": "2:4", "rates": {"lm_head": 0.5}}, "rates=.* is not in this version"),
         ({"sparsity": "2:4", "symmetric": False}, "symmetric=False has no meaning for sparse"),
-        ({"sparsity": "2:4", "rounding": "gptq"}, "does not know sparse"),
+        ({"sparsity": "2:4", "rounding": "gptq", "weights": "bf16"}, "no meaning for bf16"),
         ({"pruner": "wanda"}, "without sparsity"),
         ({"rates": "owl"}, "rates='owl' is not in this version"),
         ({"group_size": 48}, "multiple of 32"),
@@ -63,11 +64,13 @@ def test_meaningless_fields_are_refused_by_name(fields, message):
         Recipe(**fields)
 
 
-def test_gptq_needs_calibration():
-    with pytest.raises(CaloraError, match="needs calibration"):
-        Recipe(rounding="gptq").resolve(calibrated=False)
-    with pytest.raises(CaloraError, match="leave calibration out"):
-        Recipe(sparsity="2:4").resolve(calibrated=True)
+def test_choices_that_need_calibration_and_calibration_that_needs_a_choice():
+    for fields in ({"rounding": "gptq"}, {"sparsity": "2:4", "pruner": "wanda"}, {"sparsity": "2:4", "pruner": "sparsegpt"}):
+        with pytest.raises(CaloraError, match="needs calibration"):
+            Recipe(**fields).resolve(calibrated=False)
+    for fields in ({"rounding": "rtn"}, {"weights": "bf16"}, {"weights": "bf16", "sparsity": "2:4", "pruner": "magnitude"}):
+        with pytest.raises(CaloraError, match="calibration data has no meaning"):
+            Recipe(**fields).resolve(calibrated=True)
 
 
 def test_json_round_trip():

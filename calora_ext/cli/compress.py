@@ -57,7 +57,7 @@ def compress(
     lm_head: options.LmHead = "int8",
     embeddings: options.Embeddings = "none",
     skip: options.Skip = None,
-    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq: .txt, .jsonl or .tsv, also .gz.")] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq, wanda and sparsegpt: .txt, .jsonl or .tsv, also .gz.")] = None,
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:
@@ -89,7 +89,7 @@ def compress(
             ("parameters compressed", f"{100 * report.coverage.compressed_parameters / report.coverage.parameters:.1f} %"),
         ]
         _write_card(directory, output.resolve().name, report.recipe.to_dict(), sizes)
-    print(table(*coverage_table(report.coverage)), end="\n\n")
+    print(table(*coverage_table(report.coverage)), *report.notes(), sep="\n\n", end="\n\n")
     rows = [*sizes, ("largest error of a layer", f"{max(report.errors.values()):.4f}"), ("seconds", f"{report.seconds:.1f}")]
     emit(("", str(output)), rows, {"file_bytes": on_disk, **report.to_dict()}, json_file)
 

@@ -17,8 +17,8 @@ Activations = Annotated[str, typer.Option(help="What inference multiplies with: 
 LmHead = Annotated[str, typer.Option(help="The output head where it is not tied: int4, int8, bf16, or none (dense).")]
 Embeddings = Annotated[str, typer.Option(help="The input embeddings and a head tied to them: int4, int8, bf16, or none (dense).")]
 Skip = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Modules that stay dense; may be given several times.")]
-Sparsity = Annotated[str | None, typer.Option(help="2:4, or the share of the linear layers' weights to remove, as 0.7.  [default: none]")]
-Pruner = Annotated[str | None, typer.Option(help="What chooses the weights to remove: magnitude.  [default: magnitude]")]
+Sparsity = Annotated[str | None, typer.Option(help="2:4 (keep 2 of 4), or the share of the linear layers' weights to remove, as 0.7.  [default: none]")]
+Pruner = Annotated[str | None, typer.Option(help="What chooses them: magnitude, wanda or sparsegpt.  [default: sparsegpt with --calibration, else magnitude]")]
 Rates = Annotated[str, typer.Option(hidden=True)]  # only uniform in this version; the recipe says so in one sentence
 
 

@@ -1,4 +1,4 @@
-"""Compressing a planned model in place: by GPTQ inside the blocks, to nearest elsewhere."""
+"""Compressing a planned model in place: by what the calibration data shows inside the blocks, without it elsewhere."""
 
 from __future__ import annotations
 
@@ -7,36 +7,42 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..errors import CaloraError
+from ..formats import Quantized, WeightFormat
 from ..linear import CompressedLinear, dense_weight
 from ..policy import Coverage, tied_modules
+from ..pruning import Target, magnitude
 from ..recipe import Recipe
 from . import gptq
-from .calibrate import Gram, find_blocks, run_blocks
+from .calibrate import Gram, SquaredNorms, Statistic, find_blocks, run_blocks
+from .pruners import sparsegpt, sparsegpt_rounded, wanda
 from .replace import forget_ties, pack, tie
-from .report import relative_error
+from .report import Outcome, relative_error
 
 
-def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Tensor] | None, done: Callable[[], None]) -> dict[str, float]:
-    """Replace every module that `coverage` gives a format; returns the relative error of each.
+def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Tensor] | None, done: Callable[[], None]) -> Outcome:
+    """Replace every module that `coverage` gives a format.
 
-    recipe: how weights are pruned, and what later blocks see of earlier ones. batches: token ids for GPTQ, or None to round
-    to nearest. done: called after each module. Raises CaloraError naming the module for weights or inputs that are not finite.
+    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. batches: token ids of the calibration
+    data, or None. done: called after each module. Raises CaloraError naming the module for weights or inputs that are not finite.
     """
-    errors: dict[str, float] = {}
+    outcome = Outcome()
     formats = coverage.formats
     tied = tied_modules(model)
 
-    def replace(name: str, gram: Gram | None = None) -> None:
+    def replace(name: str, inputs: Statistic | None = None) -> None:
         dense, fmt = model.get_submodule(name), formats[name]
         packed = None
-        if gram is not None:
+        if inputs is not None:
             try:
-                packed = fmt.pack_quantized(gptq.quantize(dense_weight(dense), gram.matrix, fmt))
+                packed = fmt.pack_quantized(calibrated(dense_weight(dense), inputs, fmt, recipe))
             except CaloraError as error:
                 raise CaloraError(f"{name}: {error}") from None
         layer = pack(name, dense, fmt, recipe, packed)
         weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
-        errors[name] = relative_error(weight.detach(), layer)
+        outcome.errors[name] = relative_error(weight.detach(), layer)
+        if fmt.sparse:
+            kept = fmt.kept(layer.packed_tensors(), layer.in_features, layer.out_features)
+            outcome.pruned[name] = (weight.numel() - kept, weight.numel())
         if isinstance(layer, CompressedLinear):
             layer.activations = recipe.activations
         model.set_submodule(name, layer)
@@ -47,15 +53,38 @@ def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Te
     if batches is not None:
         blocks = find_blocks(model, formats)
         if not blocks:
-            raise CaloraError("the model has no list of blocks to calibrate one by one; use rounding='rtn'")
+            raise CaloraError("the model has no list of blocks to calibrate one by one; leave calibration out")
 
-        def compress(block: str, grams: dict[str, Gram]) -> None:
+        def compress(block: str, inputs: dict[str, Statistic]) -> None:
             for name in blocks[block]:
-                replace(name, grams.get(name))  # a layer that no token reached is rounded to nearest
+                replace(name, inputs.get(name))
+                if name not in inputs:
+                    outcome.uncalibrated.append(name)
 
-        run_blocks(model, blocks, batches, compress)
-    for name in formats:
-        if name not in errors:
+        gram = recipe.rounding == "gptq" or recipe.pruner == "sparsegpt"
+        run_blocks(model, blocks, batches, compress, Gram if gram else SquaredNorms)
+    for name, fmt in formats.items():
+        if name not in outcome.errors:
             replace(name)
+            if batches is not None and fmt.sparse:
+                outcome.uncalibrated.append(name)
     forget_ties(model)
-    return {name: errors[name] for name in formats}
+    outcome.errors = {name: outcome.errors[name] for name in formats}
+    return outcome
+
+
+def calibrated(weight: Tensor, inputs: Statistic, fmt: WeightFormat, recipe: Recipe) -> Quantized:
+    """The codes of a weight (out, in) given its inputs, by the recipe's pruner and rounding. What is 0 stays 0."""
+    if not fmt.sparse:
+        return gptq.quantize(weight, inputs.matrix, fmt)
+    target: Target | Tensor = recipe.target(weight.numel())
+    allowed = weight != 0
+    if recipe.pruner == "wanda":
+        target = wanda(weight, inputs.squares, target, allowed)
+    elif recipe.pruner == "magnitude":
+        target = magnitude(weight, target, allowed)
+    if recipe.rounding == "gptq":
+        return sparsegpt_rounded(weight, inputs.matrix, fmt, target, allowed)
+    if recipe.pruner == "sparsegpt":
+        return fmt.quantize(*sparsegpt(weight, inputs.matrix, target, allowed))
+    return fmt.quantize(weight, target)

@@ -78,11 +78,10 @@ def find_blocks(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     return blocks
 
 
-class Gram:
-    """X Xᵀ of everything that entered a layer, (in, in) float32; layers that are given the same tensor share it."""
+class Statistic:
+    """Something added up over everything that entered a layer; layers that are given the same tensor share it."""
 
     def __init__(self, in_features: int) -> None:
-        self.matrix = torch.zeros(in_features, in_features)
         self.tokens = 0
         self.last: Tensor | None = None
 
@@ -91,16 +90,47 @@ class Gram:
             return
         self.last = x
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.matrix.addmm_(rows.t(), rows)
+        self.add_rows(rows)
         self.tokens += len(rows)
 
+    def add_rows(self, rows: Tensor) -> None:
+        """rows: (tokens, in) float32."""
+        raise NotImplementedError
 
-class Grams:
-    """Forward hooks that collect a :class:`Gram` per module while they are attached."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.of: dict[str, Gram] = {}
-        self.latest: Gram | None = None
+class Gram(Statistic):
+    """X Xᵀ of a layer's inputs: ``matrix`` (in, in) float32."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.matrix = torch.zeros(in_features, in_features)
+
+    def add_rows(self, rows: Tensor) -> None:
+        self.matrix.addmm_(rows.t(), rows)
+
+    @property
+    def squares(self) -> Tensor:
+        return self.matrix.diagonal()
+
+
+class SquaredNorms(Statistic):
+    """||X[j]||² of every input of a layer: ``squares`` (in,) float32, the diagonal of its Gram matrix."""
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.squares = torch.zeros(in_features)
+
+    def add_rows(self, rows: Tensor) -> None:
+        self.squares += rows.square().sum(0)
+
+
+class Statistics:
+    """Forward hooks that collect a :class:`Statistic` per module while they are attached."""
+
+    def __init__(self, modules: dict[str, nn.Module], kind: type[Statistic] = Gram) -> None:
+        self.kind = kind
+        self.of: dict[str, Statistic] = {}
+        self.latest: Statistic | None = None
         self.handles = [m.register_forward_pre_hook(self._hook(name)) for name, m in modules.items()]
 
     def _hook(self, name: str) -> Callable:
@@ -108,7 +138,7 @@ class Grams:
             x = args[0]
             if name not in self.of:
                 shared = self.latest is not None and self.latest.last is x
-                self.of[name] = self.latest if shared else Gram(x.shape[-1])
+                self.of[name] = self.latest if shared else self.kind(x.shape[-1])
             self.latest = self.of[name]
             self.latest.add(x)
 
@@ -168,23 +198,30 @@ class _Pass(threading.Thread):
             self.join()
 
 
-def run_blocks(model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], compress: Callable[[str, dict[str, Gram]], None]) -> None:
-    """Run all batches through the model, pausing in each block: ``compress(block, {module: Gram})`` is called once every
-    batch has gone through it, and they go on from the block's output as compressed.
+def run_blocks(
+    model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], visit: Callable[[str, dict[str, Any]], None],
+    statistic: type[Statistic] | None = Gram, changes: bool = True,
+) -> None:  # fmt: skip
+    """Run all batches through the model, pausing in each block: ``visit(block, {module: statistic})`` is called once every
+    batch has gone through it. With `changes` they go on from the block's output as it is after the visit.
 
     Raises CaloraError if a block is never reached; what the model itself raises on the data becomes one too.
     """
-    grams: dict[str, Grams] = {}
+    collected: dict[str, Statistics] = {}
     left = set(blocks)
     forwards = {name: model.get_submodule(name).forward for name in blocks}
 
     def paused_forward(name: str) -> Callable:
         def forward(*args, **kwargs):
             if name in left:  # a second call of a shared block runs it as compressed
-                forwards[name](*args, **kwargs)
+                output = forwards[name](*args, **kwargs)
+                if changes:
+                    output = None  # not held while the other batches run
                 threading.current_thread().pause(name)
                 if not left:
                     raise _Stop
+                if not changes:
+                    return output
             return forwards[name](*args, **kwargs)
 
         return forward
@@ -198,21 +235,22 @@ def run_blocks(model: nn.Module, blocks: dict[str, list[str]], batches: list[Ten
             model.get_submodule(name).forward = paused_forward(name)
         while left:
             # The hooks of every block left are attached: which comes next is for the forward pass to say.
-            for name in left - grams.keys():
-                grams[name] = Grams({member: model.get_submodule(member) for member in blocks[name]})
+            for name in left - collected.keys():
+                members = blocks[name] if statistic is not None else []
+                collected[name] = Statistics({member: model.get_submodule(member) for member in members}, statistic)
             _resume(passes)
             reached = {p.at for p in passes}
             if len(reached) != 1 or None in reached:
-                raise CaloraError(f"the forward pass on the calibration data does not reach {sorted(left)[0]}; use rounding='rtn'")
+                raise CaloraError(f"the forward pass on the calibration data does not reach {sorted(left)[0]}; leave calibration out")
             (name,) = reached
-            grams[name].remove()
-            compress(name, grams.pop(name).of)
+            collected[name].remove()
+            visit(name, collected.pop(name).of)
             left.remove(name)
     finally:
         for name in blocks:
             del model.get_submodule(name).forward
-        for collected in grams.values():
-            collected.remove()
+        for statistics in collected.values():
+            statistics.remove()
         for p in passes:
             p.stop()
         model.train(training)

@@ -32,4 +32,4 @@ def quantize(weight: Tensor, gram: Tensor, fmt: WeightFormat) -> Quantized:
         return settled
 
     sweep(w, factor, settle)
-    return Quantized(codes.t(), plain.scale, plain.zero)
+    return Quantized(codes.t().contiguous(), plain.scale, plain.zero)

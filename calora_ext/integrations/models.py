@@ -29,7 +29,8 @@ from ..recipe import ACTIVATIONS, Recipe
 def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequence | None = None, tokenizer: Any = None) -> Report:
     """Compress a transformers model in place; ``model.save_pretrained`` then writes the compressed model.
 
-    calibration: texts (these need the tokenizer) or sequences of token ids; given, int4 and int8 are rounded by GPTQ.
+    calibration: texts (these need the tokenizer) or sequences of token ids; given, int4 and int8 are rounded by GPTQ and
+    sparse weights are chosen by SparseGPT, both in one, unless the recipe says otherwise.
     Raises CaloraError for a model that is compressed already, weights that are not finite, or calibration data that
     is empty, too short or leads to NaN; what comes to light halfway leaves a partly compressed model: load it again.
     """
@@ -41,18 +42,16 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
         raise CaloraError(f"adapter {resident[0]!r} is loaded on the dense layers, which are replaced; delete_adapter it and load it again afterwards")
     started = time.perf_counter()
     recipe = (recipe or Recipe()).resolve(calibrated=calibration is not None)
-    if recipe.rounding != "gptq" and calibration is not None:
-        raise CaloraError(f"calibration data has no meaning for rounding={recipe.rounding!r}; leave one of them out")
     coverage = plan(model, recipe)
     if not coverage.formats:
         raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
     batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
     with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
-        errors = apply(model, coverage, recipe, batches, lambda: bar.update())
+        outcome = apply(model, coverage, recipe, batches, lambda: bar.update())
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
     set_activations(model, recipe.activations)
-    return Report(recipe, coverage.with_sizes(model), errors, time.perf_counter() - started)
+    return Report(recipe, coverage.with_sizes(model), outcome, time.perf_counter() - started)
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
