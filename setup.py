@@ -1,6 +1,7 @@
 """Builds the native half with CMake + ninja. torch is found in the target environment and never imported here, so that
 pip's build isolation works and no second torch is downloaded."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -39,6 +40,24 @@ def torch_root() -> Path:
     return Path(spec.origin).parent
 
 
+def cuda_options() -> list[str]:
+    """CMake's options for the CUDA half. CALORA_CUDA=0 leaves it out, CALORA_CUDA_ARCHS="80;90" chooses what it is built for.
+
+    nvcc is looked for in CUDACXX, CUDA_HOME, the PATH and /usr/local/cuda; where there is none the CPU half is built alone.
+    """
+    if os.environ.get("CALORA_CUDA", "1").lower() in ("0", "off", "false", "no"):
+        return ["-DCALORA_CUDA=OFF"]
+    homes = [home for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda") if home]
+    nvcc = os.environ.get("CUDACXX") or next(filter(None, (shutil.which("nvcc", path=f"{home}/bin") for home in homes[:-1])), None)
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path=f"{homes[-1]}/bin")
+    archs = os.environ.get("CALORA_CUDA_ARCHS")
+    return [
+        "-DCALORA_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-UCMAKE_CUDA_COMPILER",
+        f"-DCMAKE_CUDA_ARCHITECTURES={archs.replace(',', ';')}" if archs else "-UCMAKE_CUDA_ARCHITECTURES",
+    ]
+
+
 class CMakeBuild(build_ext):
     """One CMake project gives both native files; setuptools sees it as the extension calora_ext._native."""
 
@@ -54,6 +73,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DTORCH_ROOT={torch_root()}",
             f"-DPACKAGE_DIR={package}",
+            *cuda_options(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .errors import CaloraError
-from .formats import WeightFormat
+from .formats import WeightFormat, cuda_order
 from .formats.layout import TILE_ROWS, ZERO_BYTES
 from .formats.values import VALUES
 from .linear import CompressedLinear, DecodedView, refuse_write
+from .packed import PackedModule
 
 
 def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
@@ -20,6 +21,8 @@ def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_f
     Only the bytes of those rows are read: of each 128-byte step a row owns 4 (``csrc/layouts.h``).
     """
     g = fmt.geometry(in_features, out_features)
+    if cuda_order.in_cuda_order("packed", packed["packed"]):
+        return VALUES[fmt.values].dequantize(*cuda_order.gather(packed, rows, fmt, in_features, out_features)).flatten(1)[:, :in_features]
     tile, row = rows // TILE_ROWS, rows % TILE_ROWS
     data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
     codes = data[..., : g.code_bytes].unflatten(-1, (-1, TILE_ROWS, 4))[tile, :, :, row]  # (n, blocks, steps, 4)
@@ -38,7 +41,7 @@ def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_f
     return dense.flatten(1)[:, :in_features]
 
 
-class CompressedEmbedding(nn.Embedding):
+class CompressedEmbedding(PackedModule, nn.Embedding):
     """Drop-in for nn.Embedding with a packed table (num_embeddings, embedding_dim).
 
     Look-ups return ``dtype``, what ``.weight.dtype`` reports; ``.weight`` is a decoded, read-only view as that of
@@ -92,9 +95,6 @@ class CompressedEmbedding(nn.Embedding):
     def weight(self, value: Tensor) -> None:
         refuse_write(self, value)
 
-    def packed_tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.format.tensors(self.in_features, self.out_features)}
-
     def decode(self) -> Tensor:
         """The dense table, (num_embeddings, embedding_dim) float32."""
         return ops.decode(list(self.packed_tensors().values()), self.format, self.in_features, self.out_features)
@@ -108,12 +108,6 @@ class CompressedEmbedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the packed table comes from a checkpoint or from_embedding."""
-
-    def _apply(self, fn, recurse=True):
-        # uint8 buffers are not cast by .to(dtype); the dtype of the look-ups follows, as nn.Embedding's would.
-        super()._apply(fn, recurse)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.packed.device)).dtype
-        return self
 
     def extra_repr(self) -> str:
         bits = self.format.bits_per_weight(self.in_features, self.out_features)
@@ -130,6 +124,9 @@ class _ReadsAnother:
     @property
     def zeros(self) -> Tensor:
         return self._source[0].zeros
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        return self._source[0].packed_tensors()
 
 
 class TiedLinear(_ReadsAnother, CompressedLinear):

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from . import ops
 from .errors import CaloraError
 from .formats import WeightFormat
+from .packed import PackedModule
 from .recipe import Recipe
 
 
@@ -51,7 +52,7 @@ class DecodedView(torch.Tensor):
         return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
 
 
-class CompressedLinear(nn.Linear):
+class CompressedLinear(PackedModule, nn.Linear):
     """Drop-in for nn.Linear with a packed weight and a low-rank bank (LoRA + recovery) beside it.
 
     in_features, out_features: as in nn.Linear. bias: whether there is one. fmt: the weight format. dtype: what
@@ -113,9 +114,6 @@ class CompressedLinear(nn.Linear):
     def weight(self, value: Tensor) -> None:
         refuse_write(self, value)
 
-    def packed_tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.format.tensors(self.in_features, self.out_features)}
-
     def decode(self) -> Tensor:
         """The dense weight, (out_features, in_features) float32."""
         return ops.decode(list(self.packed_tensors().values()), self.format, self.in_features, self.out_features)
@@ -139,12 +137,6 @@ class CompressedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing to initialise: the packed weight comes from a checkpoint or from_linear."""
-
-    def _apply(self, fn, recurse=True):
-        # uint8 buffers are not cast by .to(dtype); the dtype that .weight reports follows, as nn.Linear's would.
-        super()._apply(fn, recurse)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self.packed.device)).dtype
-        return self
 
     def extra_repr(self) -> str:
         bits = 8 * sum(t.numel() for t in self.packed_tensors().values()) / (self.in_features * self.out_features)

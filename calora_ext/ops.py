@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from .errors import CaloraError
 from .formats import WeightFormat
+from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
@@ -51,16 +52,17 @@ def linear(
 ) -> Tensor:
     """The fused layer. Where a gradient is recorded the exact path runs, so that backward is the derivative of forward.
 
-    float16 x (which no CPU kernel takes) is computed in float32 and returned as float16.
+    float16 x (which no CPU kernel takes) is computed in float32 and returned as float16. On a GPU, where x is multiplied as it
+    is, activations are always exact.
     """
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias))
     if recording:
         activations = "exact"
-    if x.dtype == torch.float16:
+    if x.dtype == torch.float16 and not x.is_cuda:
         return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
                       identity_rank, activations).half()  # fmt: skip
     # Autograd and autocast are Python wrappers of several microseconds: they are passed through only where they do something.
-    op = torch.ops.calora.linear if recording or torch.is_autocast_enabled("cpu") else torch.ops.calora.linear_inference
+    op = torch.ops.calora.linear if recording or torch.is_autocast_enabled(x.device.type) else torch.ops.calora.linear_inference
     return op.default(
         x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, None, ACTIVATIONS[activations]
     )
@@ -69,6 +71,8 @@ def linear(
 def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int, rows: slice | None = None) -> Tensor:
     """Rows of the dense weight, float32, by the native decoder."""
     begin, end = (0, out_features) if rows is None else (rows.start, rows.stop)
+    if packed[0].is_cuda:
+        packed = [arrange(name, t, fmt, in_features, out_features) for name, t in zip(("packed", "zeros"), packed, strict=False)]
     return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
 
 
@@ -151,5 +155,32 @@ def gelu_rows_derivative(t: Tensor, identity_rank: int) -> Tensor:
     return torch.cat((torch.ones_like(t[..., :identity_rank]), slope), dim=-1)
 
 
+DENSE_LINEAR = "(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int identity_rank) -> Tensor"
+torch.library.define("calora::dense_linear", DENSE_LINEAR)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, identity_rank: int) -> Tensor:
+    """The layer on a weight that is decoded already, (out_features, in_features) in x's dtype, by torch's matrix products: what
+    the CUDA operator does with many rows of x. The bank comes first, so that the base is added to it inside the product."""
+    rows = x.reshape(-1, x.shape[-1])
+    shape = (*x.shape[:-1], weight.shape[0])
+    bias = None if bias is None else bias.to(x.dtype)
+    if down is None or up is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    up = (untile_up(up, weight.shape[0]) if up.dim() == 3 else up).to(x.dtype)
+    t = gelu_rows(rows @ down.to(x.dtype).t(), identity_rank)
+    y = t @ up.t() if bias is None else torch.addmm(bias, t, up.t())
+    return y.addmm_(rows, weight.t()).view(shape)
+
+
+torch.library.impl("calora::dense_linear", "CompositeExplicitAutograd")(dense_linear)
+
+
+@torch.library.register_fake("calora::dense_linear")
+def _(x, weight, bias, down, up, identity_rank):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
 torch.library.register_autograd("calora::linear", _backward, setup_context=_setup_context)
 torch.library.register_autocast("calora::linear", "cpu", torch.bfloat16)
+torch.library.register_autocast("calora::linear", "cuda", torch.bfloat16)

@@ -44,6 +44,14 @@ const char* build_info() {
 #endif
 }
 
+const char* cuda_architectures() {
+#ifdef CALORA_CUDA_ARCHS
+  return CALORA_CUDA_ARCHS;
+#else
+  return "";
+#endif
+}
+
 const char* layout_constant_name(int i) { return kConstants[i].name; }
 int64_t layout_constant(int i) { return kConstants[i].value; }
 

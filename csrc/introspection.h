@@ -11,6 +11,7 @@ CALORA_EXPORT bool set_isa(const char* isa);
 CALORA_EXPORT int isa_available(const char** names, int capacity);
 CALORA_EXPORT int cpu_features(const char** names, int capacity);
 CALORA_EXPORT const char* build_info();
+CALORA_EXPORT const char* cuda_architectures();
 
 constexpr int kLayoutConstants = 7;
 CALORA_EXPORT const char* layout_constant_name(int i);

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_native, m) {
     return std::vector<std::string>(names, names + n);
   }, "Instruction sets of this processor that kernels know about.");
   m.def("build_info", &calora::build_info, "Compiler, date-free description of the build.");
+  m.def("cuda_architectures", &calora::cuda_architectures, "What the CUDA kernels were compiled for; empty without them.");
   m.def("layout_constants", [] {
     py::dict d;
     for (int i = 0; i < calora::kLayoutConstants; ++i) d[calora::layout_constant_name(i)] = calora::layout_constant(i);

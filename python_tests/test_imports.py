@@ -19,7 +19,7 @@ LEVELS = {
     0: ("errors", "tables", "measure", "progress"),
     1: ("formats", "card", "plots"),
     2: ("ops", "pruning"),
-    3: ("recipe",),
+    3: ("recipe", "packed"),
     4: ("linear",),
     5: ("lowrank", "policy", "embedding", "bench"),
     6: ("io",),

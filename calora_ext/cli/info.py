@@ -47,7 +47,7 @@ def machine_facts() -> dict[str, object]:
         "layout version": formats.LAYOUT_VERSION,
         "compiler": ops.native.build_info(),
         "cuda devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "cuda kernels": "not in this version",
+        "cuda kernels": ops.native.cuda_architectures() or "not in this build (nvcc was not found)",
     }
 
 

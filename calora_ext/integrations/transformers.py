@@ -207,6 +207,7 @@ class CaloraQuantizer(HfQuantizer):
         forget_ties(model)
         align_packed(model)
         for module in compressed_modules(model).values():
+            module.packed_tensors()  # reorders what was loaded straight onto a GPU
             if isinstance(module, CompressedLinear):
                 module.activations = self.quantization_config.recipe.activations
                 if module.bias is not None:

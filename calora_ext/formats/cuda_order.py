@@ -1,0 +1,125 @@
+"""The order of packed bytes that the CUDA kernels read (``csrc/cuda/api.h`` draws it), and the way back.
+
+Same bytes per block as the canonical layout, permuted inside chunks of 32 rows x 32 columns: a pure permutation, so that going
+to a GPU and back is bit-exact. The order shows in the shape, so that it can never be mistaken: canonical ``packed`` is 2-D,
+in CUDA order it is (tiles, words, 16); canonical ``zeros`` is 1-D, in CUDA order (words, 16).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import CaloraError
+from .layout import PATTERN_IDS, TILE_ROWS, Geometry
+
+if TYPE_CHECKING:
+    from . import WeightFormat
+
+CHUNK_COLUMNS = 32
+WORD = 16  # bytes that one lane reads at once
+
+# In the comments: row = 16 rt + 8 j + g, column = 8 c + 4 s + 2 h + e of a chunk, all but g (8) and c (4) in {0, 1}.
+# Per value type: dtype of an element, its canonical order inside a chunk, and where each axis of that goes.
+_BYTES = {
+    "int8": (torch.uint8, ("c", "s", "rt", "j", "g", "h", "e"), ("s", "g", "c", "rt", "h", "j", "e")),
+    "bf16": (torch.int16, ("c", "s", "h", "rt", "j", "g", "e"), ("s", "rt", "g", "c", "h", "j", "e")),
+}
+_INT4 = (("c", "rt", "j", "g", "h", "e", "s"), ("g", "c", "s", "rt", "e", "h", "j"))  # nibbles; the last axis is low, high
+_SIZES = {"g": 8, "c": 4}
+_SCALES = (("rt", "j", "g"), ("g", "rt", "j"))
+_ZEROS = (("j", "g", "rt"), ("g", "rt", "j"))  # nibbles
+
+
+def in_cuda_order(name: str, tensor: Tensor) -> bool:
+    """Whether a packed tensor (by its name, ``"packed"`` or ``"zeros"``) is in CUDA order."""
+    return tensor.dim() == {"packed": 3, "zeros": 2}.get(name)
+
+
+def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+    """One packed tensor of a layer, canonical -> CUDA order, on its own device. Raises CaloraError where CUDA has no kernels."""
+    g = _geometry(fmt, in_features, out_features)
+    if in_cuda_order(name, tensor):
+        return tensor
+    if name == "zeros":
+        return _nibbles(tensor.view(-1, 16), *_ZEROS).view(-1, WORD)
+    return _blocks(tensor, g, False).view(g.tiles, -1, WORD)
+
+
+def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+    """Inverse of :func:`to_cuda_order`, bit for bit."""
+    g = _geometry(fmt, in_features, out_features)
+    if not in_cuda_order(name, tensor):
+        return tensor
+    if name == "zeros":
+        return _nibbles(tensor, *reversed(_ZEROS)).view(g.zeros_shape)
+    return _blocks(tensor, g, True).view(g.packed_shape)
+
+
+def arrange(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+    """The tensor in the order of the device it is on; itself if it is already."""
+    if tensor.is_cuda == in_cuda_order(name, tensor):
+        return tensor
+    return (to_cuda_order if tensor.is_cuda else from_cuda_order)(name, tensor, fmt, in_features, out_features)
+
+
+def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes (n, blocks, block_columns), scales (n, blocks) and zero points (n, blocks) of some rows (n,) in CUDA order."""
+    g = _geometry(fmt, in_features, out_features)
+    tile, rt, j, group = rows // TILE_ROWS, rows // 16 % 2, rows // 8 % 2, rows % 8
+    data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
+    dtype, order = (torch.uint8, _INT4[1][:-1]) if g.values == "int4" else _BYTES[g.values][::2]
+    codes = data[..., : g.code_bytes].view(dtype).unflatten(-1, (-1, *(_SIZES.get(axis, 2) for axis in order)))  # a view: nothing is copied
+    index: dict[str, Tensor] = {"g": group, "rt": rt, "j": j}
+    codes = codes[(tile, slice(None), slice(None), *(index.get(axis, slice(None)) for axis in order))]
+    left = [axis for axis in order if axis not in index]
+    codes = codes.permute(0, 1, 2, *(3 + left.index(axis) for axis in ("c", "s", "h", "e"))).flatten(2)
+    scale = zero = None
+    if g.values == "int4":
+        codes = codes >> (4 * j).to(torch.uint8).view(-1, 1, 1) & 15
+    elif g.values == "bf16":
+        codes = codes.contiguous().view(torch.bfloat16)
+    if g.block_bytes > g.code_bytes:
+        scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, 2))[tile, :, 4 * group + 2 * rt + j].contiguous().view(torch.float16).squeeze(-1)
+    if "zeros" in packed:
+        nibbles = packed["zeros"].view(-1, 8, 2)[: g.tiles * g.blocks].view(g.tiles, g.blocks, 8, 2)[tile, :, group, rt]
+        zero = nibbles >> (4 * j).to(torch.uint8).unsqueeze(-1) & 15
+    return codes, scale, zero
+
+
+def _geometry(fmt: WeightFormat, in_features: int, out_features: int) -> Geometry:
+    if fmt.id // 16 != PATTERN_IDS["dense"]:
+        raise CaloraError(f"{fmt} has no CUDA kernels yet; keep the model on the CPU")
+    return fmt.geometry(in_features, out_features)
+
+
+def _blocks(tensor: Tensor, g: Geometry, back: bool) -> Tensor:
+    """Codes and scales of every block, one way or the other."""
+    data = tensor.reshape(g.tiles, g.blocks, g.block_bytes)
+    out = torch.empty_like(data)
+    codes = data[..., : g.code_bytes].contiguous()
+    step = -1 if back else 1
+    if g.values == "int4":
+        codes = _nibbles(codes.view(-1, TILE_ROWS * CHUNK_COLUMNS // 2), *_INT4[::step])
+    else:
+        dtype, *orders = _BYTES[g.values]
+        codes = _permute(codes.view(dtype), *orders[::step]).view(torch.uint8)
+    out[..., : g.code_bytes] = codes.view(g.tiles, g.blocks, g.code_bytes)
+    if g.block_bytes > g.code_bytes:
+        scales = data[..., g.code_bytes :].contiguous().view(torch.int16)
+        out[..., g.code_bytes :] = _permute(scales, *_SCALES[::step]).view(torch.uint8).view(g.tiles, g.blocks, -1)
+    return out
+
+
+def _permute(data: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Tensor:
+    """Elements whose axes lie in order `source` (as often as they fit) -> order `target`, flat."""
+    shaped = data.reshape(-1, *(_SIZES.get(axis, 2) for axis in source))
+    return shaped.permute(0, *(1 + source.index(axis) for axis in target)).reshape(-1)
+
+
+def _nibbles(data: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Tensor:
+    """The same for 4-bit elements, two a byte, the low one first."""
+    pairs = _permute(torch.stack((data & 15, data >> 4), dim=-1), source, target).view(-1, 2)
+    return pairs[:, 0] | pairs[:, 1] << 4

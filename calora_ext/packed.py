@@ -1,0 +1,58 @@
+"""What modules with a packed weight share: the tensors themselves, and the order of their bytes on each device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .formats import WeightFormat
+from .formats.cuda_order import arrange, from_cuda_order, in_cuda_order, to_cuda_order
+
+
+class PackedModule(nn.Module):
+    """Mixin of a module whose packed tensors are buffers named by ``format.tensors``.
+
+    On a CPU they are the canonical bytes; on a GPU they are reordered, one tensor at a time, in place of what was moved there.
+    State dicts always hold canonical bytes, whatever the device.
+    """
+
+    format: WeightFormat
+    in_features: int
+    out_features: int
+    compute_dtype: torch.dtype
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Name -> tensor, in the order of the device they are on. Whatever put them there (``.to``, a loader, an offloading
+        hook), they are reordered on first use."""
+        tensors = {}
+        for name in self.format.tensors(self.in_features, self.out_features):
+            tensor = getattr(self, name)
+            tensors[name] = arrange(name, tensor, self.format, self.in_features, self.out_features)
+            if tensors[name] is not tensor:
+                setattr(self, name, tensors[name])
+        return tensors
+
+    def _apply(self, fn, recurse=True):
+        # uint8 buffers are not cast by .to(dtype); the dtype that the module reports follows, as nn.Linear's would.
+        super()._apply(fn, recurse)
+        tensors = self.packed_tensors()
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=tensors["packed"].device)).dtype
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.format.tensors(self.in_features, self.out_features):
+            if prefix + name in destination:
+                tensor = destination[prefix + name]
+                destination[prefix + name] = from_cuda_order(name, tensor, self.format, self.in_features, self.out_features)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        # Loading copies into buffers that may be in CUDA order; assigned tensors are arranged when they are first used.
+        if not local_metadata.get("assign_to_params_buffers", False):
+            arranged = {}
+            for name in self.format.tensors(self.in_features, self.out_features):
+                tensor, own = state_dict.get(prefix + name), self._buffers.get(name)
+                if tensor is not None and own is not None and in_cuda_order(name, own) and tensor.dtype == own.dtype and tensor.numel() == own.numel():
+                    arranged[prefix + name] = to_cuda_order(name, tensor.to(own.device), self.format, self.in_features, self.out_features)
+            state_dict = {**state_dict, **arranged} if arranged else state_dict
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -1,0 +1,78 @@
+// The C interface between the CUDA kernels (no torch in them) and the operators (no CUDA headers in them). Every launcher
+// returns a cudaError_t as an int, allocates nothing, waits for nothing and uses one stream: all of them can be captured
+// into a graph. Sizes and alignments are checked by the caller.
+//
+// A packed weight on the GPU has the bytes of the canonical layout (layouts.h) in another order, chosen so that each lane of
+// a warp finds what it multiplies in whole 16-byte words. The order is private to a (tile, 32 columns) chunk:
+//
+//   chunk = 32 rows x 32 columns: 512 bytes (int4), 1024 (int8) or 2048 (bf16), as 16-byte words, one per lane, lane by lane:
+//     lane l = 4 g + c holds rows g, g + 8, g + 16, g + 24 and columns 8 c .. 8 c + 7 of the chunk. So it reads 16
+//     consecutive bytes of x as the other operand: an mma sums over columns in any order, if both operands agree on it.
+//     row = 16 rt + 8 j + g      column = 8 c + 4 s + 2 h + e        rt, j, s, h, e in {0, 1}
+//     (rt: which m16 tile; s: which k16 step; j + 2 h: which register of the A fragment; e: which half of that register)
+//   int4: one 16-byte word; 32-bit word 2 s + rt has the code of (j, h, e) at bit 4 (j + 2 h) + 16 e
+//   int8: two (s); 32-bit word 2 rt + h has the code of (j, e) in byte 2 j + e
+//   bf16: four (2 s + rt); 32-bit word j + 2 h has the value of e in half e
+//   scales of a block (where the canonical block has them): fp16 at 4 g + 2 rt + j
+//   zero points of a (tile, block), 16 bytes: nibble 2 rt + j of 16-bit word g
+// calora_ext/formats/cuda_order.py converts both ways.
+#pragma once
+#include <cstdint>
+
+#include "../layouts.h"
+
+namespace calora::cuda {
+
+enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+
+constexpr int64_t kChunkColumns = 32;
+constexpr int64_t kBatchAlign = 8;      // t is padded to a multiple of this many rows of x: the n8 of the mma
+constexpr int64_t kFusedRows = 64;      // M up to which linear_dense is the better way; see ops.cpp
+
+struct PackedWeight {
+  const uint8_t* packed;  // in GPU order, 16-byte aligned
+  const uint8_t* zeros;   // or null
+  int64_t values;         // calora::Values
+  int64_t in_features, out_features, group_size;
+};
+
+// phi(x D^T) U^T. U is (out_features, rank) or tiled (tiles, rank, 32): element (n, r) lies at
+// n / 32 * up_tile + n % 32 * up_row + r * up_rank.
+struct LowRank {
+  const void* down;  // (rank, in_features)
+  const void* up;
+  float* t;          // (rank, round_up(m, 8)): phi(x D^T), written by bank_down and read by linear
+  int64_t dtype;     // of down and up, a Dtype
+  int64_t rank, identity_rank;
+  int64_t up_tile, up_row, up_rank;
+};
+
+struct LinearArgs {
+  const void* x;     // (m, x_stride), 16-byte aligned rows
+  void* y;           // (m, out_features)
+  const void* bias;  // (out_features) or null
+  int64_t x_dtype;   // bf16 or f16, of x and y
+  int64_t bias_dtype;
+  int64_t m, x_stride;
+  PackedWeight w;
+  LowRank bank;      // rank 0: none
+};
+
+}  // namespace calora::cuda
+
+extern "C" {
+int calora_cuda_bank_down(const calora::cuda::LinearArgs* args, void* stream);     // t
+int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream);  // y, bank included when t is there
+// Rows [row_begin, row_end) of the dense weight, (rows, in_features) row-major in out_dtype.
+int calora_cuda_decode_dense(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
+                             void* stream);
+// Copy rows of row_bytes to rows of target_stride bytes: gives x the alignment that linear_dense needs.
+int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* source, int64_t row_bytes, int64_t rows, void* stream);
+// The xor of all 16-byte words of data, in 8-byte halves xored together; partial: kReadBlocks words. Waits for the result.
+int calora_cuda_read(const void* data, int64_t bytes, void* partial, uint64_t* result, void* stream);
+const char* calora_cuda_error(int code);
+}
+
+namespace calora::cuda {
+constexpr int64_t kReadBlocks = 1056;
+}

@@ -1,0 +1,114 @@
+// The few things of a GPU that C++ has no word for. Compiled with CALORA_EMULATE (g++, no GPU, no nvcc), the same names come
+// from python_tests/cuda_emulator.h: kernels are written against this header alone, so that every line of them is tested there.
+#pragma once
+#include <cstdint>
+
+#include "api.h"
+
+#ifdef CALORA_EMULATE
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define CALORA_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+
+namespace calora::cuda {
+
+// d (16 x 8, fp32) += a (16 x 16) b (16 x 8), operands of type T: the warp's tensor core.
+struct Bf16;
+struct F16;
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+#define CALORA_MMA(T, name)                                                                                                  \
+  template <>                                                                                                                \
+  __device__ __forceinline__ void mma<T>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                  \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                            \
+  }
+CALORA_MMA(Bf16, "bf16")
+CALORA_MMA(F16, "f16")
+#undef CALORA_MMA
+
+// Copies to shared memory that run beside the warp. used < 16: the rest of the 16 bytes becomes 0, and is not read.
+__device__ __forceinline__ void copy16(void* shared, const void* global, int used = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(used) : "memory");
+}
+template <int Bytes>  // 4 or 8
+__device__ __forceinline__ void copy_small(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "n"(Bytes) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>  // all groups of this lane but the last `Pending` have arrived
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+
+// (q & mask) | bits in one instruction.
+__device__ __forceinline__ uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(q), "r"(mask), "r"(bits));
+  return r;
+}
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+
+__device__ __forceinline__ float f16_to_float(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+__device__ __forceinline__ uint16_t float_to_f16(float v) { return __half_as_ushort(__float2half_rn(v)); }
+__device__ __forceinline__ uint16_t float_to_bf16(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+__device__ __forceinline__ uint32_t subtract_bf16x2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 r = __hsub2(*reinterpret_cast<__nv_bfloat162*>(&a), *reinterpret_cast<__nv_bfloat162*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+__device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
+  const __half2 r = __hsub2(*reinterpret_cast<__half2*>(&a), *reinterpret_cast<__half2*>(&b));
+  return *reinterpret_cast<const uint32_t*>(&r);
+}
+
+// Launch `kernel` with `shared` bytes of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream, Arguments... arguments) {
+  if (shared > 48 * 1024) {  // beyond what every launch may use; setting it again costs little and keeps no state here
+    const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (e != cudaSuccess) return e;
+  }
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  return cudaGetLastError();
+}
+
+}  // namespace calora::cuda
+#endif
+
+namespace calora::cuda {
+
+constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
+
+// Rows that t is padded to.
+__device__ __forceinline__ int64_t padded_rows(int64_t m) { return (m + kBatchAlign - 1) / kBatchAlign * kBatchAlign; }
+__device__ __forceinline__ float bits_to_float(uint32_t v) { return __uint_as_float(v); }
+__device__ __forceinline__ float bf16_to_float(uint16_t v) { return __uint_as_float(static_cast<uint32_t>(v) << 16); }
+__device__ __forceinline__ uint32_t pair(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+
+// The 16-bit types that x comes in. Code words become "16 + code" by setting the bits under the exponent of 16.
+struct Bf16 {
+  static constexpr uint32_t kOnes = 0x3f803f80, kSixteen = 0x41804180, kCodeMask = 0x00780078, kTwentyFour = 0x41c041c0;
+  static constexpr int kCodeShift = 3;  // a nibble at bits 3..6 counts in units of 1 when the exponent is that of 16
+  static __device__ __forceinline__ float to_float(uint16_t v) { return bf16_to_float(v); }
+  static __device__ __forceinline__ uint16_t from_float(float v) { return float_to_bf16(v); }
+  static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) { return subtract_bf16x2(a, b); }
+};
+struct F16 {
+  static constexpr uint32_t kOnes = 0x3c003c00, kSixteen = 0x4c004c00, kCodeMask = 0x03c003c0, kTwentyFour = 0x4e004e00;
+  static constexpr int kCodeShift = 6;
+  static __device__ __forceinline__ float to_float(uint16_t v) { return f16_to_float(v); }
+  static __device__ __forceinline__ uint16_t from_float(float v) { return float_to_f16(v); }
+  static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) { return subtract_f16x2(a, b); }
+};
+
+// Element i of an array of any of the three dtypes.
+__device__ __forceinline__ float load(const void* p, int64_t i, Dtype dtype) {
+  if (dtype == Dtype::f32) return static_cast<const float*>(p)[i];
+  const uint16_t v = static_cast<const uint16_t*>(p)[i];
+  return dtype == Dtype::bf16 ? bf16_to_float(v) : f16_to_float(v);
+}
+
+}  // namespace calora::cuda

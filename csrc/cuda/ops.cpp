@@ -1,0 +1,224 @@
+// The operators on CUDA tensors: checks, and which kernels a call takes. Like csrc/ops.cpp it sees torch only through the stable
+// ABI, and no CUDA header: the same binary loads beside a torch without CUDA.
+//
+// Few rows of x (M <= kFusedRows, bf16 or fp16): one or two launches of our own, the packed weight read once. More rows, or fp32:
+// the weight is decoded to x's dtype and torch's matrix product does the rest. Activations are exact either way.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "api.h"
+
+namespace calora::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+
+constexpr int64_t kMaxFeatures = 131072;  // of a row, as on the CPU
+constexpr int64_t kXAlign = 16;           // bytes: the kernels copy rows of x in such words
+
+// torch's current stream. Only libtorch_cuda.so can tell it, and a CPU-only torch has none: looked up at the first CUDA call.
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const auto function = [] {
+    void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(function != nullptr, "calora: this torch was built without CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(function(device, &stream) == 0, "calora: torch did not give its current CUDA stream");
+  return stream;
+}
+
+constexpr int kNoKernelImage = 209;  // cudaErrorNoKernelImageForDevice
+
+void check(int code) {
+  STD_TORCH_CHECK(code != kNoKernelImage, "calora: built for other GPU architectures (" CALORA_CUDA_ARCHS
+                                          "); build again with CALORA_CUDA_ARCHS set to this GPU's, for example 90");
+  STD_TORCH_CHECK(code == 0, "calora: a CUDA kernel was not started: ", calora_cuda_error(code));
+}
+
+bool same_device(const Tensor& t, const Tensor& x) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); }
+
+Dtype dtype_of(const Tensor& t, const char* what) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "calora: ", what, " must be float32, bfloat16 or float16");
+  }
+  return Dtype::f32;
+}
+
+PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
+  STD_TORCH_CHECK(format >= 0 && format <= 2, "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
+  const auto values = static_cast<Values>(format);
+  STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
+                  "calora: unsupported layer size ", out_features, " x ", in_features);
+  STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
+                                       group_size % kColumnAlign == 0),
+                  "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
+  const bool zeros = packed.size() == 2;
+  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4),
+                  "calora: expected the packed weight (and for int4 optionally its zero points), got ", packed.size(), " tensors");
+  for (const Tensor& t : packed)
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && same_device(t, packed[0]),
+                    "calora: packed tensors must be contiguous uint8 tensors on one CUDA device");
+  const Geometry g = geometry(values, in_features, out_features, group_size);
+  STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2),
+                  "calora: the packed weight on the GPU is in the CPU's order; move the module with .to(\"cuda\"), which reorders it");
+  STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
+                  " x ", in_features, " layer of this format needs ", g.bytes());
+  STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ", zeros ? packed[1].numel() : 0,
+                  " bytes, expected ", g.zeros_bytes());
+  const auto* const data = static_cast<const uint8_t*>(packed[0].data_ptr());
+  const auto* const zero_data = zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && reinterpret_cast<uintptr_t>(zero_data) % 16 == 0,
+                  "calora: the packed weight is not 16-byte aligned; .clone() it");
+  return {data, zero_data, format, in_features, out_features, group_size};
+}
+
+// Checks the bank's tensors; t is left for the caller.
+LowRank bank_of(const Tensor& x, const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t identity_rank,
+                int64_t in_features, int64_t out_features) {
+  STD_TORCH_CHECK(down.has_value() == up.has_value(), "calora: down and up belong together, got only one of them");
+  if (!down || down->numel() == 0) return {};
+  STD_TORCH_CHECK(same_device(*down, x) && same_device(*up, x) && down->is_contiguous() && up->is_contiguous(),
+                  "calora: down and up must be contiguous and on the device of x");
+  STD_TORCH_CHECK(down->dim() == 2 && down->size(1) == in_features, "calora: down must be (rank, ", in_features, ")");
+  const int64_t rank = down->size(0), tiles = round_up(out_features, kTileRows) / kTileRows;
+  const bool tiled = up->dim() == 3;
+  STD_TORCH_CHECK(tiled ? up->size(0) == tiles && up->size(1) == rank && up->size(2) == kTileRows
+                        : up->dim() == 2 && up->size(0) == out_features && up->size(1) == rank,
+                  "calora: up must be (", out_features, ", ", rank, ") or tiled (", tiles, ", ", rank, ", 32)");
+  STD_TORCH_CHECK(identity_rank >= 0 && identity_rank <= rank, "calora: identity_rank must lie in 0..", rank, ", got ", identity_rank);
+  const Dtype dtype = dtype_of(*down, "down");
+  STD_TORCH_CHECK(dtype_of(*up, "up") == dtype, "calora: down and up must have one dtype");
+  LowRank b{};
+  b.down = down->data_ptr(), b.up = up->data_ptr(), b.dtype = static_cast<int64_t>(dtype);
+  b.rank = rank, b.identity_rank = identity_rank;
+  b.up_tile = kTileRows * rank, b.up_row = tiled ? 1 : rank, b.up_rank = tiled ? kTileRows : 1;
+  return b;
+}
+
+Tensor decode_to(const Tensor& like, const PackedWeight& w, int64_t row_begin, int64_t row_end, ScalarType type, Dtype dtype) {
+  Tensor out = torch::stable::new_empty(like, {row_end - row_begin, w.in_features}, type);
+  if (row_end > row_begin)
+    check(calora_cuda_decode_dense(&w, row_begin, row_end, out.data_ptr(), static_cast<int64_t>(dtype), current_stream(like.get_device_index())));
+  return out;
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape(static_cast<std::size_t>(x.dim()));
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) shape[d] = x.size(d);
+  shape.back() = last;
+  return shape;
+}
+
+// calora::dense_linear, in calora_ext/ops.py: matrix products of torch, for which the stable ABI has no words (scalars).
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& down,
+                    const std::optional<Tensor>& up, int64_t identity_rank) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(x), from(weight), from(bias), from(down), from(up), from(identity_rank)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("calora::dense_linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size,
+              std::optional<Tensor> bias, std::optional<Tensor> down, std::optional<Tensor> up, int64_t identity_rank,
+              std::optional<Tensor> row_adapter, int64_t activations) {
+  STD_TORCH_CHECK(!row_adapter, "calora: one adapter per row is not supported by this version; pass row_adapter=None");
+  STD_TORCH_CHECK(activations == 0 || activations == 1, "calora: activations must be 0 (exact) or 1 (int8), got ", activations);
+  LinearArgs a{};
+  const Dtype dtype = dtype_of(x, "x");
+  a.x_dtype = static_cast<int64_t>(dtype);
+  a.w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(same_device(packed[0], x), "calora: x and the packed weight are on different devices");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == in_features, "calora: the last dimension of x must be ", in_features);
+  if (bias) {
+    STD_TORCH_CHECK(same_device(*bias, x) && bias->is_contiguous() && bias->dim() == 1 && bias->size(0) == out_features,
+                    "calora: bias must be a contiguous tensor of ", out_features, " values on the device of x");
+    a.bias = bias->data_ptr();
+    a.bias_dtype = static_cast<int64_t>(dtype_of(*bias, "bias"));
+  }
+  a.bank = bank_of(x, down, up, identity_rank, in_features, out_features);
+  a.m = x.numel() / in_features;
+  const DeviceGuard guard(x.get_device_index());
+  if (a.m == 0) return torch::stable::new_empty(x, with_last(x, out_features));
+  if (a.m > kFusedRows || dtype == Dtype::f32) {
+    const Tensor weight = decode_to(x, a.w, 0, out_features, x.scalar_type(), dtype);
+    return a.bank.rank ? dense_linear(x, weight, bias, down, up, identity_rank) : dense_linear(x, weight, bias, std::nullopt, std::nullopt, 0);
+  }
+  void* const stream = current_stream(x.get_device_index());
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  a.x = x.data_ptr();
+  a.x_stride = in_features;
+  Tensor padded = x;  // lives until the kernels are queued; torch's allocator keeps the memory for this stream
+  if (in_features * 2 % kXAlign || reinterpret_cast<uintptr_t>(a.x) % kXAlign) {
+    a.x_stride = round_up(in_features, kXAlign / 2);
+    padded = torch::stable::new_empty(x, {a.m, a.x_stride});
+    check(calora_cuda_copy_rows(padded.data_ptr(), 2 * a.x_stride, a.x, 2 * in_features, a.m, stream));
+    a.x = padded.data_ptr();
+  }
+  Tensor y = torch::stable::new_empty(x, with_last(x, out_features));
+  a.y = y.data_ptr();
+  std::optional<Tensor> t;
+  if (a.bank.rank) {
+    t = torch::stable::new_empty(x, {a.bank.rank, round_up(a.m, kBatchAlign)}, ScalarType::Float);
+    a.bank.t = static_cast<float*>(t->data_ptr());
+    check(calora_cuda_bank_down(&a, stream));
+  }
+  check(calora_cuda_linear_dense(&a, stream));
+  return y;
+}
+
+Tensor linear_dx(Tensor grad, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
+  const Dtype dtype = dtype_of(grad, "grad");
+  const PackedWeight w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(same_device(packed[0], grad), "calora: grad and the packed weight are on different devices");
+  STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, "calora: the last dimension of grad must be ", out_features);
+  const DeviceGuard guard(grad.get_device_index());
+  return torch::stable::matmul(grad, decode_to(grad, w, 0, out_features, grad.scalar_type(), dtype));
+}
+
+Tensor decode(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size, int64_t row_begin,
+              int64_t row_end) {
+  STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
+  const PackedWeight w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= out_features, "calora: rows ", row_begin, "..", row_end,
+                  " are not within 0..", out_features);
+  const DeviceGuard guard(packed[0].get_device_index());
+  return decode_to(packed[0], w, row_begin, row_end, ScalarType::Float, Dtype::f32);
+}
+
+int64_t read(Tensor data) {
+  STD_TORCH_CHECK(data.is_contiguous() && data.scalar_type() == ScalarType::Byte, "calora: read takes a contiguous uint8 tensor");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data.data_ptr()) % 16 == 0, "calora: read takes a 16-byte aligned tensor");
+  const DeviceGuard guard(data.get_device_index());
+  Tensor partial = torch::stable::new_empty(data, {kReadBlocks}, ScalarType::Long);
+  uint64_t result = 0;
+  check(calora_cuda_read(data.data_ptr(), data.numel(), partial.data_ptr(), &result, current_stream(data.get_device_index())));
+  return static_cast<int64_t>(result);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(calora, CUDA, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_inference", TORCH_BOX(&linear));
+  m.impl("linear_dx", TORCH_BOX(&linear_dx));
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("read", TORCH_BOX(&read));
+}
+
+}  // namespace calora::cuda

@@ -1,0 +1,285 @@
+// Runs CUDA kernels on a CPU, for tests of their arithmetic: layouts, fragments, copy rings, reductions, bounds. One fiber per
+// thread, scheduled cooperatively; barriers and shuffles are real meetings, the tensor core is computed from the fragment maps
+// of the PTX manual. It knows no time, no caches, and no race that fibers cannot have.
+//
+// Two switches (emulate_options) look for what a GPU might do: bit 0 lets asynchronous copies arrive as late as the code
+// allows instead of at once, bit 1 runs the threads in reverse order. Shared memory starts as NaN in every block.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+namespace emulator {
+
+struct Copy { uint8_t* to; const uint8_t* from; int bytes, used; };
+struct Fiber {
+  ucontext_t context;  // entered once; every later switch is a _longjmp, which makes no system call
+  jmp_buf at;
+  bool started = false;
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  bool done = false;
+  dim3 thread;
+  std::deque<std::vector<Copy>> groups;  // committed, not yet arrived
+  std::vector<Copy> open;
+  static constexpr std::size_t kStack = 128 * 1024;
+};
+
+inline std::vector<Fiber> fibers;
+inline std::vector<uint8_t> shared_memory;
+inline std::function<void()> body;
+inline jmp_buf scheduler;
+inline ucontext_t nowhere;
+inline dim3 block_index, block_size, grid_size;
+inline int current, options;
+inline long progress;        // meetings entered or left, threads ended: stands still in a deadlock
+inline const char* failure;  // the first thing that went wrong
+
+inline void to_scheduler();
+
+inline void fail(const char* what) {
+  if (!failure) failure = what;
+}
+
+// A meeting of `size` fibers, of the block or of a warp.
+struct Meeting {
+  int size = 0, arrived = 0;
+  long generation = 0;
+  void open_if_full() {
+    if (size && arrived == size) arrived = 0, ++generation, ++progress;
+  }
+  void wait() {
+    const long mine = generation;
+    ++arrived, ++progress;
+    open_if_full();
+    while (generation == mine) to_scheduler();
+  }
+  void leave() {
+    --size;
+    open_if_full();
+  }
+};
+inline Meeting block_meeting, warp_meeting[32];
+inline uint32_t box[32][32][8];  // what the lanes of a warp show each other
+
+inline int warp() { return current / 32; }
+inline int lane() { return current % 32; }
+
+inline void arrive(const Copy& c) {
+  std::memcpy(c.to, c.from, c.used);
+  std::memset(c.to + c.used, 0, c.bytes - c.used);
+}
+inline void copy(void* to, const void* from, int bytes, int used) {
+  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) return fail("a misaligned asynchronous copy");
+  auto* const t = static_cast<uint8_t*>(to);
+  if (t < shared_memory.data() || t + bytes > shared_memory.data() + shared_memory.size()) return fail("a copy beyond shared memory");
+  const Copy c{t, static_cast<const uint8_t*>(from), bytes, used};
+  if (options & 1) fibers[current].open.push_back(c);
+  else arrive(c);
+}
+inline void commit() {
+  Fiber& f = fibers[current];
+  f.groups.push_back(std::move(f.open));
+  f.open.clear();
+}
+inline void wait(std::size_t pending) {
+  Fiber& f = fibers[current];
+  for (; f.groups.size() > pending; f.groups.pop_front())
+    for (const Copy& c : f.groups.front()) arrive(c);
+}
+
+inline void to_scheduler() {
+  if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
+}
+inline void to_fiber() {
+  Fiber& f = fibers[current];
+  if (_setjmp(scheduler)) return;
+  if (f.started) _longjmp(f.at, 1);
+  f.started = true;
+  setcontext(&f.context);
+}
+
+inline void run_thread() {
+  body();
+  Fiber& f = fibers[current];
+  f.done = true;
+  ++progress;
+  block_meeting.leave();
+  warp_meeting[warp()].leave();
+  _longjmp(scheduler, 1);
+}
+
+inline void run_block(int threads) {
+  block_meeting = Meeting{threads};
+  for (int w = 0; w < 32; ++w) warp_meeting[w] = Meeting{std::max(0, std::min(32, threads - 32 * w))};
+  std::fill(shared_memory.begin(), shared_memory.end(), 0xff);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& f = fibers[i];
+    f.done = f.started = false, f.thread = dim3(i), f.groups.clear(), f.open.clear();
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = Fiber::kStack, f.context.uc_link = &nowhere;
+    makecontext(&f.context, run_thread, 0);
+  }
+  for (bool alive = true; alive && !failure;) {
+    alive = false;
+    const long before = progress;
+    for (int i = 0; i < threads; ++i) {
+      current = options & 2 ? threads - 1 - i : i;
+      if (fibers[current].done) continue;
+      alive = true;
+      to_fiber();
+    }
+    if (alive && progress == before) fail("a deadlock: not every thread reached a barrier");
+  }
+}
+
+inline float bf16(uint32_t v) {
+  v <<= 16;
+  float f;
+  std::memcpy(&f, &v, 4);
+  return f;
+}
+inline float f16(uint32_t v) {
+  const auto half = static_cast<uint16_t>(v);
+  _Float16 f;
+  std::memcpy(&f, &half, 2);
+  return static_cast<float>(f);
+}
+
+// d (16 x 8) += a (16 x 16) b (16 x 8). PTX ISA, fragments of mma.m16n8k16: with g = lane / 4 and c = lane % 4, register i of a
+// holds row g + 8 (i % 2), columns 2 c + 8 (i / 2) and the next; b0 and b1 hold rows 2 c and 2 c + 8 and the next, column g;
+// d0 d1 d2 d3 hold rows g, g, g + 8, g + 8, columns 2 c, 2 c + 1, 2 c, 2 c + 1.
+template <float (*Value)(uint32_t)>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  uint32_t(&mine)[8] = box[warp()][lane()];
+  std::memcpy(mine, a, 16), mine[4] = b0, mine[5] = b1;
+  warp_meeting[warp()].wait();
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t va = box[warp()][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], vb = box[warp()][column * 4 + k % 8 / 2][4 + k / 8];
+      d[i] += Value(k % 2 ? va >> 16 : va & 0xffff) * Value(k % 2 ? vb >> 16 : vb & 0xffff);
+    }
+  }
+  warp_meeting[warp()].wait();
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::fibers[emulator::current].thread)
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+#define gridDim emulator::grid_size
+#define CALORA_SHARED(name) uint8_t* const name = emulator::shared_memory.data()
+
+inline void __syncthreads() { emulator::block_meeting.wait(); }
+inline void __syncwarp() { emulator::warp_meeting[emulator::warp()].wait(); }
+template <class T>
+T __shfl_xor_sync(unsigned, T v, int mask) {
+  using namespace emulator;
+  std::memcpy(box[warp()][lane()], &v, sizeof v);
+  warp_meeting[warp()].wait();
+  std::memcpy(&v, box[warp()][lane() ^ mask], sizeof v);
+  warp_meeting[warp()].wait();
+  return v;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t v;
+  std::memcpy(&v, &f, 4);
+  return v;
+}
+inline float __uint_as_float(uint32_t v) {
+  float f;
+  std::memcpy(&f, &v, 4);
+  return f;
+}
+
+namespace calora::cuda {
+
+struct Bf16;
+struct F16;
+template <class T>
+void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, Bf16>) emulator::mma<emulator::bf16>(d, a, b0, b1);
+  else emulator::mma<emulator::f16>(d, a, b0, b1);
+}
+inline void copy16(void* shared, const void* global, int used = 16) { emulator::copy(shared, global, 16, used); }
+template <int Bytes>
+void copy_small(void* shared, const void* global) { emulator::copy(shared, global, Bytes, Bytes); }
+inline void copy_commit() { emulator::commit(); }
+template <int Pending>
+void copy_wait() { emulator::wait(Pending); }
+
+inline uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) { return (q & mask) | bits; }
+// PTX prmt, default mode: nibble i of the selector picks byte i of the result out of the 8 bytes of (a, b).
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t r = 0;
+  for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  return r;
+}
+inline float f16_to_float(uint16_t v) { return emulator::f16(v); }
+inline uint16_t float_to_f16(float v) {
+  const auto f = static_cast<_Float16>(v);
+  uint16_t r;
+  std::memcpy(&r, &f, 2);
+  return r;
+}
+inline uint16_t float_to_bf16(float v) {  // half to even; NaN stays NaN
+  const uint32_t u = __float_as_uint(v);
+  return static_cast<uint16_t>(v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+template <float (*Read)(uint32_t), uint16_t (*Write)(float)>
+uint32_t subtract2(uint32_t a, uint32_t b) {
+  return Write(Read(a & 0xffff) - Read(b & 0xffff)) | static_cast<uint32_t>(Write(Read(a >> 16) - Read(b >> 16))) << 16;
+}
+inline uint32_t subtract_bf16x2(uint32_t a, uint32_t b) { return subtract2<emulator::bf16, float_to_bf16>(a, b); }
+inline uint32_t subtract_f16x2(uint32_t a, uint32_t b) { return subtract2<emulator::f16, float_to_f16>(a, b); }
+
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void*, Arguments... arguments) {
+  using namespace emulator;
+  failure = nullptr;
+  if (shared > 99 * 1024) fail("more shared memory than every architecture has");
+  if (fibers.size() < static_cast<std::size_t>(threads)) fibers.resize(threads);
+  shared_memory.assign(shared, 0);
+  block_size = dim3(threads), grid_size = grid;
+  body = [&] { kernel(arguments...); };
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x && !failure; ++x) {
+        block_index = dim3(x, y, z);
+        run_block(threads);
+      }
+  if (failure) std::fprintf(stderr, "emulated kernel: %s\n", failure);
+  return failure ? 700 : 0;
+}
+
+}  // namespace calora::cuda
+
+extern "C" inline __attribute__((used)) void emulate_options(int options) { emulator::options = options; }

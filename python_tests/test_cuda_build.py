@@ -1,0 +1,97 @@
+"""What nvcc makes of the kernels: no spills, the tensor core and wide asynchronous copies in the machine code. Needs no GPU."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import calora_ext
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: the CUDA kernels were not compiled")
+# More registers than this and a multiprocessor holds fewer blocks than the kernel was laid out for (__launch_bounds__).
+REGISTERS = {"linear_dense": 255, "decode_dense": 64, "bank_down": 128}
+
+
+def tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: beside nvcc, on the PATH, or from NVIDIA's wheels in this environment."""
+    places = [None, str(Path(NVCC).resolve().parent) if NVCC else "", *(str(p) for p in Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin"))]
+    return next((found for place in places if (found := shutil.which(name, path=place))), None)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """(folder with dense.cubin and bank.cubin for sm_90, what ptxas said about each)."""
+    folder = tmp_path_factory.mktemp("sm_90")
+    said = {}
+    for name in ("dense", "bank"):
+        command = [NVCC, "-cubin", "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        said[name] = result.stdout + result.stderr
+    return folder, said
+
+
+@needs_nvcc
+def test_no_spills_and_few_registers(compiled):
+    pattern = re.compile(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
+    )
+    kernels = [match for said in compiled[1].values() for match in pattern.findall(said)]
+    names = [next((name for name in REGISTERS if name in mangled), None) for mangled, *_ in kernels]
+    assert names.count("linear_dense") == 24 and names.count("decode_dense") == 3 and names.count("bank_down") == 2
+    for name, (mangled, stack, stores, loads, registers) in zip(names, kernels, strict=True):
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{mangled} keeps {stack} bytes in local memory"
+        assert name is None or int(registers) <= REGISTERS[name], mangled
+
+
+@needs_nvcc
+def test_machine_code(compiled):
+    if tool("cuobjdump") is None or tool("nvdisasm") is None:
+        pytest.skip("cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
+    code = subprocess.run([tool("nvdisasm"), "-c", str(compiled[0] / "dense.cubin")], capture_output=True, text=True, check=True).stdout
+    kernels = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, re.S))
+    kernels = {name: text for name, text in kernels.items() if "linear_dense" in name}
+    assert len(kernels) == 24
+    for name, text in kernels.items():
+        assert re.search(r"\bHMMA\.16816\.F32", text), f"no tensor core in {name}"
+        assert re.search(r"\bLDGSTS\.E\.\S*128", text), f"no 16-byte asynchronous copies in {name}"
+        assert re.search(r"\bLDS\.128", text), f"no 16-byte loads from shared memory in {name}"
+        assert not re.search(r"\b(LDL|STL)\b", text), f"local memory in {name}"
+
+
+def test_a_build_without_cuda_says_so(tmp_path):
+    """What stands in for the CUDA operators, compiled alone and called by its dispatch key."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler found")
+    root = Path(torch.__file__).parent
+    library = tmp_path / "absent.so"
+    flags = ["-std=c++20", "-shared", "-fPIC", "-O0", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}"]
+    link = ["-Wl,--no-as-needed", str(root / "lib" / "libtorch_cpu.so")]
+    subprocess.run([compiler, *flags, str(ROOT / "csrc" / "cuda" / "absent.cpp"), *link, "-o", str(library)], check=True)
+    code = """
+import sys, torch
+torch.library.define("calora::read", "(Tensor data) -> int")
+torch.ops.load_library(sys.argv[1])
+try:
+    torch.ops.calora.read.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.zeros(8, dtype=torch.uint8))
+except RuntimeError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(library)], capture_output=True, text=True)
+    assert "no CUDA kernels; install the CUDA toolkit" in result.stdout, result.stderr
+
+
+def test_the_library_needs_no_cuda_at_load():
+    """A static runtime, and torch's CUDA looked up late: nothing of CUDA among what the loader must find."""
+    library = Path(calora_ext.__file__).parent / "lib" / "libcalora.so"
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"NEEDED.*(cuda|cudart|nvrtc)", needed)
+    symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "aoti_torch_get_current_cuda_stream" not in symbols

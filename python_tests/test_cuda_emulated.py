@@ -1,0 +1,182 @@
+"""Every line of the CUDA kernels, without a GPU: compiled for the CPU (``cuda_emulator.h``), against float64.
+
+Proves layouts, fragments, rings, reductions, bounds and the epilogue; proves nothing about speed, caches or races.
+"""
+
+import random
+import subprocess
+import sys
+import textwrap
+
+import cuda_emulation
+import pytest
+import torch
+
+from calora_ext import WeightFormat, ops
+
+pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ compiler found")
+
+FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 96), WeightFormat("int4", -1),
+           WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
+DTYPES = [torch.bfloat16, torch.float16]
+# (m, in, out, rank, identity_rank): every width of the mma, ragged rows and columns, warps without work, rings that go round
+CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 33, 5, 0), (17, 104, 64, 3, 1), (40, 257, 33, 9, 9),
+         (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
+# Planted bugs: file -> (code, what someone might write instead). Each must be noticed by failures().
+BUGS = {
+    "zero point": {"values.cuh": ("? 16 + kInt4Zero : 0", "? 15 + kInt4Zero : 0")},
+    "fragment rows": {"values.cuh": ("words[4 * s + 2 * rt + (i >> 1)], i & 1", "words[4 * s + 2 * rt + (i & 1)], i >> 1")},
+    "k step": {"dense.cu": ("x[n][2 * s], x[n][2 * s + 1]);\n      }\n      if", "x[n][2 * s + 1], x[n][2 * s]);\n      }\n      if")},
+    "ring: one copy too few awaited": {"dense.cu": ("copy_wait<R::kStages - 2>", "copy_wait<R::kStages - 1>")},
+    "ring: stage overwritten too early": {"dense.cu": ("for (int i = 0; i < R::kStages - 1; ++i) fetch", "for (int i = 0; i < R::kStages; ++i) fetch")},
+    "scale of the wrong block": {"dense.cu": ("from += V::kScaled ? kScaleBytes : 0", "from += 0")},
+    "scale rows": {"dense.cu": ("j ? both >> 16 : both", "j ? both : both >> 16")},
+    "unscaled rest": {"dense.cu": ("(rest == 1 || next + 1 == last)", "rest == 1")},
+    "missing barrier": {"dense.cu": ("__syncthreads();\n    const int64_t out", "const int64_t out")},
+    "no barrier between rows": {"dense.cu": ("__syncthreads();\n#pragma unroll\n    for (int rt", "#pragma unroll\n    for (int rt")},
+    "columns beyond the end": {"dense.cu": ("left > 0 ? left : 0", "16")},
+    "rows beyond the end": {"dense.cu": ("m >= a.m || out >= a.w.out_features", "out >= a.w.out_features + 31")},
+    "GELU on LoRA": {"bank.cu": ("r0 + r >= a.bank.identity_rank)", "r0 + r > a.bank.identity_rank)")},
+    "half of the shuffle": {"bank.cu": ("int offset = 16;", "int offset = 8;")},
+    "bank rows": {"bank.cuh": ("u[rt][j] * t.y", "u[rt][1 - j] * t.y")},
+    "decoded columns": {"dense.cu": ("i >> 2, i >> 1 & 1, i & 1", "i >> 2, i & 1, i >> 1 & 1")},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    return cuda_emulation.Emulated(cuda_emulation.start(tmp_path_factory.mktemp("cuda")))
+
+
+def layer(fmt, m, in_, out, rank, dtype, seed=0, bank_dtype=torch.float32):
+    gen = torch.Generator().manual_seed(seed)
+    packed = fmt.pack(torch.randn(out, in_, generator=gen))
+    x = torch.randn(m, in_, generator=gen).to(dtype)
+    bias = torch.randn(out, generator=gen).to(dtype)
+    down = (torch.randn(rank, in_, generator=gen) / in_**0.5).to(bank_dtype) if rank else None
+    up = torch.randn(out, rank, generator=gen).to(bank_dtype) if rank else None
+    return x, packed, bias, down, up
+
+
+def in_float64(x, dense, bias, down, up, identity_rank):
+    y = x.double() @ dense.double().t()
+    if bias is not None:
+        y = y + bias.double()
+    return y if down is None else y + ops.gelu_rows(x.double() @ down.double().t(), identity_rank) @ up.double().t()
+
+
+def wrong(kernels, fmt, case, dtype, seed=0, tiled=False, bank_dtype=torch.float32, bias=True) -> str:
+    """What is wrong with the result of one case; "" if nothing is."""
+    m, in_, out, rank, identity_rank = case
+    x, packed, b, down, up = layer(fmt, m, in_, out, rank, dtype, seed, bank_dtype)
+    want = in_float64(x, fmt.decode(packed, in_, out), b if bias else None, down, up, identity_rank)
+    y = kernels.linear(x, packed, fmt, out, b if bias else None, down, ops.tile_up(up) if tiled and rank else up, identity_rank)
+    error, rounding = (y.double() - want).norm(), (want.to(dtype).double() - want).norm()
+    return "" if error <= 1.2 * rounding else f"error {error:.3g}, where rounding the output costs {rounding:.3g}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_linear(kernels, fmt, case, dtype):
+    kernels.options()
+    assert not wrong(kernels, fmt, case, dtype)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_random_shapes_with_late_copies_and_reversed_threads(kernels, seed):
+    rng = random.Random(seed)
+    kernels.options(late_copies=True, reverse=seed % 2 == 0)
+    rank = rng.choice([0, 1, 16, 40])
+    case = (rng.randint(1, 64), rng.randint(1, 1500), rng.randint(1, 100), rank, rng.randint(0, rank))
+    assert not wrong(kernels, FORMATS[seed % len(FORMATS)], case, rng.choice(DTYPES), seed, tiled=rng.random() < 0.5,
+                     bank_dtype=rng.choice([torch.float32, *DTYPES]), bias=rng.random() < 0.5)  # fmt: skip
+
+
+def test_results_do_not_depend_on_the_order_of_threads(kernels):
+    fmt = WeightFormat("int4", 64)
+    x, packed, bias, down, up = layer(fmt, 9, 700, 64, 20, torch.bfloat16)
+    results = []
+    for late, reverse in ((False, False), (True, False), (False, True), (True, True)):
+        kernels.options(late, reverse)
+        results.append(kernels.linear(x, packed, fmt, 64, bias, down, up, 8))
+    assert all(torch.equal(results[0], y) for y in results[1:])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_activation_stays_in_its_row(kernels, value):
+    kernels.options()
+    for fmt in FORMATS:
+        x, packed, *_ = layer(fmt, 3, 200, 40, 0, torch.bfloat16)
+        x[1, 150] = value
+        y = kernels.linear(x, packed, fmt, 40)
+        assert torch.isfinite(y[[0, 2]]).all() and not torch.isfinite(y[1]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=["f32", "bf16", "f16"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_decode(kernels, fmt, dtype):
+    kernels.options()
+    for out, in_, begin, end in ((97, 130, 0, 97), (64, 256, 5, 40), (40, 33, 39, 40)):
+        packed = fmt.pack(torch.randn(out, in_))
+        decoded = kernels.decode(packed, fmt, in_, out, begin, end, dtype)
+        assert torch.equal(decoded, fmt.decode(packed, in_, out)[begin:end].to(dtype))
+
+
+def test_nothing_is_read_or_written_beyond_the_tensors():
+    """Every buffer ends where an unmapped page begins; in a process of its own, which a stray access would kill."""
+    code = """
+        import ctypes, mmap, sys, tempfile, torch
+        from pathlib import Path
+        import cuda_emulation as ce
+        from test_cuda_emulated import FORMATS, layer
+        libc = ctypes.CDLL(None)
+        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        maps = []
+        def guarded(t, align=16):
+            size = t.numel() * t.element_size()
+            pages = -(-size // mmap.PAGESIZE) + 1
+            area = mmap.mmap(-1, pages * mmap.PAGESIZE)
+            maps.append(area)
+            base = ctypes.addressof(ctypes.c_char.from_buffer(area))
+            assert libc.mprotect(base + (pages - 1) * mmap.PAGESIZE, mmap.PAGESIZE, 0) == 0
+            start = (pages - 1) * mmap.PAGESIZE - size
+            start -= start % align
+            return torch.frombuffer(area, dtype=torch.uint8, count=size, offset=start).view(t.dtype).view(t.shape).copy_(t)
+        ce.aligned = guarded
+        kernels = ce.Emulated(ce.start(Path(tempfile.mkdtemp())))
+        for fmt in FORMATS:
+            for m, in_, out, rank in ((1, 64, 32, 0), (5, 136, 40, 8), (20, 104, 64, 3), (64, 96, 33, 5)):
+                x, packed, bias, down, up = layer(fmt, m, in_, out, rank, torch.bfloat16)
+                kernels.linear(x, packed, fmt, out, guarded(bias, 2), None if down is None else guarded(down), None if up is None else guarded(up, 4), rank // 2)
+                kernels.decode(packed, fmt, in_, out, 3, out, torch.bfloat16)
+        print("done")
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
+    assert result.stdout.strip() == "done", (result.returncode, result.stderr[-2000:])
+
+
+def failures(kernels: cuda_emulation.Emulated) -> list[str]:
+    """A few cases that between them use every path; what is wrong with them."""
+    found = []
+    for late, reverse in ((False, False), (True, True)):
+        kernels.options(late, reverse)
+        for fmt in (WeightFormat("int4", 96), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16")):
+            for case in ((3, 300, 70, 17, 8), (24, 3000, 33, 2, 1)):
+                try:
+                    found.append(wrong(kernels, fmt, case, torch.bfloat16))
+                except RuntimeError as error:
+                    found.append(str(error))
+            packed = fmt.pack(torch.randn(33, 130))
+            if not torch.equal(kernels.decode(packed, fmt, 130, 33, 0, 33, torch.float32), fmt.decode(packed, 130, 33)):
+                found.append("decode differs")
+    return [what for what in found if what]
+
+
+def test_the_kernels_pass_what_planted_bugs_must_fail(kernels):
+    assert failures(kernels) == []
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    assert failures(cuda_emulation.Emulated(cuda_emulation.start(tmp_path, BUGS[bug])))

@@ -1,0 +1,121 @@
+"""The byte order of the GPU, on CPU tensors: a permutation, inverted exactly; and modules that keep it to themselves."""
+
+import pytest
+import torch
+
+from calora_ext import WeightFormat, ops
+from calora_ext.embedding import gather_rows
+from calora_ext.errors import CaloraError
+from calora_ext.formats import cuda_order
+from calora_ext.linear import CompressedLinear
+
+FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
+           WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
+SHAPES = [(32, 32), (97, 130), (1, 1), (64, 300)]  # (out, in)
+
+
+def ordered(packed, fmt, in_, out):
+    return {name: cuda_order.to_cuda_order(name, t, fmt, in_, out) for name, t in packed.items()}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_there_and_back_is_bit_exact(fmt, shape):
+    out, in_ = shape
+    for name, size in fmt.tensors(in_, out).items():
+        t = torch.randint(0, 256, size, dtype=torch.uint8)
+        there = cuda_order.to_cuda_order(name, t, fmt, in_, out)
+        assert cuda_order.in_cuda_order(name, there) and not cuda_order.in_cuda_order(name, t)
+        assert there.numel() == t.numel() and not torch.equal(there.flatten(), t.flatten())
+        assert torch.equal(there.flatten().bincount(minlength=256).sum(), t.flatten().bincount(minlength=256).sum())
+        assert torch.equal(cuda_order.from_cuda_order(name, there, fmt, in_, out), t)
+        assert cuda_order.to_cuda_order(name, there, fmt, in_, out) is there
+
+
+def test_where_a_weight_lies():
+    """One element by hand, from the picture in csrc/cuda/api.h: row 27 = 16 + 8 + 3, column 32 + 21 = 32 + 8 * 2 + 4 + 1."""
+    g, rt, j, c, s, h, e = 3, 1, 1, 2, 1, 0, 1
+    lane = 4 * g + c
+    places = {  # byte and shift inside the chunk of 32 x 32
+        "int4": (16 * lane + 4 * (2 * s + rt) + (4 * (j + 2 * h) + 16 * e) // 8, 4 * (j + 2 * h) % 8),
+        "int8": (512 * s + 16 * lane + 4 * (2 * rt + h) + 2 * j + e, 0),
+        "bf16": (512 * (2 * s + rt) + 16 * lane + 4 * (j + 2 * h) + 2 * e, 0),
+    }
+    for values, chunk in (("int4", 512), ("int8", 1024), ("bf16", 2048)):
+        fmt = WeightFormat(values, 64) if values == "int4" else WeightFormat(values)
+        weight = torch.zeros(32, 64)
+        empty = ordered(fmt.pack(weight), fmt, 64, 32)["packed"].flatten()
+        q = fmt.quantize(weight)
+        q.codes[27, 53] = {"int4": 3, "int8": 7, "bf16": 1.5}[values]
+        one = ordered(fmt.pack_quantized(q), fmt, 64, 32)["packed"].flatten()
+        byte, shift = places[values]
+        changed = (one != empty).nonzero().flatten().tolist()
+        assert chunk + byte in changed and set(changed) <= {chunk + byte, chunk + byte + (values == "bf16")}
+        if values == "int4":
+            assert int(one[chunk + byte]) >> shift & 15 == 3
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_rows_are_gathered_from_either_order(fmt):
+    out, in_ = 97, 130
+    packed = fmt.pack(torch.randn(out, in_))
+    rows = torch.tensor([0, 96, 8, 16, 24, 31, 32, 77, 8])
+    want = fmt.decode(packed, in_, out)[rows]
+    assert torch.equal(gather_rows(packed, rows, fmt, in_, out), want)
+    assert torch.equal(gather_rows(ordered(packed, fmt, in_, out), rows, fmt, in_, out), want)
+
+
+def on_a_pretended_gpu(monkeypatch):
+    """CPU tensors count as GPU tensors for the order of their bytes."""
+    monkeypatch.setattr("calora_ext.packed.arrange", cuda_order.to_cuda_order)
+
+
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, symmetric=False), WeightFormat("int8")], ids=str)
+def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
+    layer = CompressedLinear.from_linear(torch.nn.Linear(130, 97), fmt)
+    canonical = {name: t.clone() for name, t in layer.state_dict().items()}
+    with monkeypatch.context() as m:
+        on_a_pretended_gpu(m)
+        layer.to(torch.bfloat16)  # any move
+        assert layer.packed.dim() == 3
+        assert all(torch.equal(t, canonical[name]) for name, t in layer.state_dict().items() if name != "bias")
+        other = CompressedLinear.from_linear(torch.nn.Linear(130, 97), fmt)
+        other.to(torch.bfloat16)
+        wrong = other.packed.clone()
+        other.load_state_dict(canonical)
+        assert torch.equal(other.packed, layer.packed) and not torch.equal(other.packed, wrong)
+    layer.float()  # and back: the CPU's order again
+    assert torch.equal(layer.packed, canonical["packed"])
+    torch.testing.assert_close(layer.decode(), fmt.decode({n: t for n, t in canonical.items() if n != "bias"}, 130, 97))
+
+
+def test_a_format_without_cuda_kernels_is_refused():
+    class Sparse:
+        id = 16
+
+    with pytest.raises(CaloraError, match="no CUDA kernels"):
+        cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), Sparse(), 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("tiled", [False, True], ids=["up", "tiled"])
+@pytest.mark.parametrize(("rank", "identity_rank", "bias"), [(0, 0, True), (5, 5, False), (24, 8, True), (7, 0, False)])
+def test_dense_linear_is_the_layer(rank, identity_rank, bias, tiled, dtype):
+    gen = torch.Generator().manual_seed(1)
+    x, w = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((3, 40, 130), (97, 130)))
+    b = torch.randn(97, generator=gen).to(dtype) if bias else None
+    down, up = (torch.randn(rank, 130, generator=gen) / 130**0.5, torch.randn(97, rank, generator=gen)) if rank else (None, None)
+    y = torch.ops.calora.dense_linear(x, w, b, down, ops.tile_up(up) if tiled and rank else up, identity_rank)
+    want = x.double() @ w.double().t() + (b.double() if bias else 0)
+    if rank:
+        t = x.double() @ down.double().t()
+        t = torch.cat((t[..., :identity_rank], torch.nn.functional.gelu(t[..., identity_rank:])), -1)
+        want = want + t @ up.double().t()
+    assert y.shape == (3, 40, 97) and y.dtype == dtype
+    assert (y.double() - want).norm() <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * want.norm()
+
+
+def test_dense_linear_passes_opcheck():
+    x, w, down, up = torch.randn(5, 64), torch.randn(40, 64), torch.randn(3, 64), torch.randn(40, 3)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.calora.dense_linear.default, (x, w, None, down, up, 1), test_utils=tests)
