@@ -1,0 +1,386 @@
+"""What benchmarks/gpu_check.sh runs on a GPU: ceilings, correctness, safety, speed. Stages end early when time runs out.
+
+    python benchmarks/gpu_check.py --out FOLDER [--seconds 540]
+    python benchmarks/gpu_check.py --dry-run        the cases themselves on the CPU; writes nothing
+    python benchmarks/gpu_check.py --small          a few small shapes only: what the memory and race checkers run
+
+Speeds are medians of CUDA-graph replays over weights rotated through more memory than the L2 cache, on the clocks as they are;
+each comes with the bytes read and the fraction of the read ceiling measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calora_ext import WeightFormat, ops
+from calora_ext.formats.cuda_order import to_cuda_order
+from calora_ext.linear import CompressedLinear
+from calora_ext.tables import table
+
+FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
+           WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
+ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
+SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
+RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
+SPEED_SHAPES = ((8192, 8192), (8192, 28672), (4096, 14336))  # (in, out)
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative, Frobenius, of fused results
+PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}  # torch's own products of rounded weights
+COPIES_BYTES = 256 << 20  # rotate weights through this much: several times any L2
+
+
+class Case:
+    """One layer on a device: packed tensors in its order, x, bias and bank, and what float64 makes of them."""
+
+    def __init__(self, fmt, m, in_, out, rank, identity_rank, dtype, device, seed=0, bank_dtype=None) -> None:
+        gen = torch.Generator().manual_seed(seed)
+        packed = fmt.pack(torch.randn(out, in_, generator=gen) / in_**0.5)
+        self.fmt, self.in_, self.out, self.identity_rank = fmt, in_, out, identity_rank
+        self.dense = fmt.decode(packed, in_, out).to(device)
+        on_gpu = torch.device(device).type == "cuda"
+        self.packed = [to_cuda_order(n, t.to(device), fmt, in_, out) if on_gpu else t for n, t in packed.items()]
+        self.x = torch.randn(m, in_, generator=gen).to(device, dtype)
+        self.bias = torch.randn(out, generator=gen).to(device, dtype)
+        bank_dtype = bank_dtype or dtype
+        self.down = (torch.randn(rank, in_, generator=gen) / in_**0.5).to(device, bank_dtype) if rank else None
+        self.up = torch.randn(out, rank, generator=gen).to(device, bank_dtype) if rank else None
+
+    def run(self, x: Tensor | None = None, up: Tensor | None = None) -> Tensor:
+        return ops.linear(self.x if x is None else x, self.packed, self.fmt, self.in_, self.out, self.bias, self.down,
+                          self.up if up is None else up, self.identity_rank, "exact")  # fmt: skip
+
+    def wanted(self, x: Tensor | None = None) -> Tensor:
+        x = (self.x if x is None else x).double()
+        y = x @ self.dense.double().t() + self.bias.double()
+        if self.down is None:
+            return y
+        return y + ops.gelu_rows(x @ self.down.double().t(), self.identity_rank) @ self.up.double().t()
+
+
+def relative(y: Tensor, want: Tensor) -> float:
+    return float((y.double() - want).norm() / want.norm())
+
+
+# -- correctness -------------------------------------------------------------------------------------------------------------
+
+
+def correctness(device: str, small: bool = False) -> dict:
+    """The grid against float64: worst error by dtype, and every case that misses its tolerance."""
+    worst: dict[str, float] = {}
+    failed: list[str] = []
+    count = 0
+    for fmt in FORMATS:
+        for in_, out in SHAPES[: 2 if small else None]:
+            for i, m in enumerate(ROWS[::3] if small else ROWS):
+                rank, identity_rank = RANKS[(i + in_ + out) % len(RANKS)]
+                for dtype in (torch.bfloat16,) if small else (torch.bfloat16, torch.float16, torch.float32):
+                    case = Case(fmt, m, in_, out, rank, identity_rank, dtype, device, seed=count, bank_dtype=(None, torch.float32)[count % 2])
+                    tiled = ops.tile_up(case.up) if rank and count % 3 == 0 else None
+                    error = relative(case.run(up=tiled), case.wanted())
+                    kind = "fused" if m <= 64 and dtype != torch.float32 else "decoded"
+                    key = f"{kind} {str(dtype).removeprefix('torch.')}"
+                    worst[key] = max(worst.get(key, 0.0), error)
+                    limit = (TOLERANCE if kind == "fused" else PREFILL_TOLERANCE)[dtype]
+                    if not error <= limit:
+                        failed.append(f"{fmt} m={m} {out}x{in_} rank={rank} {dtype}: {error:.2e} > {limit:.0e}")
+                    count += 1
+            dense = ops.decode(case.packed, fmt, in_, out)
+            if not torch.equal(dense, case.dense):
+                failed.append(f"{fmt} {out}x{in_}: decode differs")
+    return {"cases": count, "worst": worst, "failed": failed}
+
+
+def backward(device: str) -> dict:
+    """Gradients of x, D, U and the bias against float64 autograd."""
+    failed = []
+    for m in (5, 100):
+        case = Case(WeightFormat("int4", 128), m, 256, 160, 24, 8, torch.float32, device)
+        leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.down, case.up)]
+        x, bias, down, up = leaves
+        ops.linear(x, case.packed, case.fmt, 256, 160, bias, down, up, 8).square().sum().backward()
+        twins = [t.detach().double().requires_grad_() for t in leaves]
+        x, bias, down, up = twins
+        y = x @ case.dense.double().t() + bias + ops.gelu_rows(x @ down.t(), 8) @ up.t()
+        y.square().sum().backward()
+        for name, got, want in zip(("x", "bias", "down", "up"), leaves, twins, strict=True):
+            if not relative(got.grad, want.grad) < 1e-4:
+                failed.append(f"gradient of {name}, m={m}: {relative(got.grad, want.grad):.2e}")
+    return {"failed": failed}
+
+
+def opcheck(device: str) -> dict:
+    case = Case(FORMATS[1], 3, 300, 97, 24, 8, torch.bfloat16, device)
+    args = (case.x, case.packed, case.fmt.id, 300, 97, case.fmt.group_size, case.bias, case.down, case.up, 8, None, 0)
+    try:
+        torch.library.opcheck(torch.ops.calora.linear.default, args)
+    except Exception as error:
+        return {"failed": [f"opcheck: {str(error).splitlines()[0]}"]}
+    return {"failed": []}
+
+
+def module_moves(device: str) -> dict:
+    """.to(GPU) and back: canonical bytes in the state dict, the same decoded weight, close results."""
+    failed = []
+    for fmt in FORMATS:
+        layer = CompressedLinear.from_linear(torch.nn.Linear(300, 97), fmt)
+        layer.activations = "exact"
+        before, dense, x = {n: t.clone() for n, t in layer.state_dict().items()}, layer.decode(), torch.randn(4, 300)
+        y = layer(x)
+        layer.to(device)
+        if not all(torch.equal(t.cpu(), before[n]) for n, t in layer.state_dict().items()):
+            failed.append(f"{fmt}: the state dict changed on the GPU")
+        if not torch.equal(layer.decode().cpu(), dense) or relative(layer(x.to(device)).cpu(), y.double()) > 1e-5:
+            failed.append(f"{fmt}: another result on the GPU")
+        layer.to("cpu")
+        if not all(torch.equal(t, before[n]) for n, t in layer.state_dict().items()):
+            failed.append(f"{fmt}: not the same bytes after the way back")
+    return {"failed": failed}
+
+
+def graphs_and_streams() -> dict:
+    """Capture and replay with changed inputs, a stream of one's own, and 1000 runs that must not differ in a bit."""
+    failed = []
+    for m in (1, 8, 40):
+        case = Case(WeightFormat("int4", 128), m, 1024, 512, 80, 16, torch.bfloat16, "cuda")
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            on_stream = case.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        if not torch.equal(on_stream, case.run()):
+            failed.append(f"m={m}: another result on another stream")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = case.run()
+        case.x.copy_(torch.randn(m, 1024))
+        graph.replay()
+        if not torch.equal(y, case.run()):
+            failed.append(f"m={m}: a replayed graph gives another result")
+        first, different = y.clone(), torch.zeros((), device="cuda", dtype=torch.int64)
+        for _ in range(1000):
+            graph.replay()
+            different += (y != first).any()
+        if int(different):
+            failed.append(f"m={m}: {int(different)} of 1000 runs differ")
+    return {"failed": failed}
+
+
+def checkers(seconds: float) -> dict:
+    """compute-sanitizer over the small cases; says so where the tool is missing or refuses the device."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return {"skipped": "compute-sanitizer was not found"}
+    result, start = {}, time.monotonic()
+    for name in ("memcheck", "racecheck"):
+        left = seconds - (time.monotonic() - start)
+        command = [tool, "--tool", name, "--error-exitcode", "99", sys.executable, __file__, "--small"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
+        except subprocess.TimeoutExpired:
+            result[name] = "not finished in time"
+            continue
+        lines = [line for line in (run.stdout + run.stderr).splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+        refused = "Device not supported" in run.stdout + run.stderr
+        result[name] = "the tool refuses this device" if refused else f"exit {run.returncode}: {' '.join(lines)[-200:] or 'no summary'}"
+    return result
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------------
+
+
+def timed(calls: list[Callable[[], object]], rounds: int = 30) -> float:
+    """Seconds of one call: the median replay of a graph of all of them, divided by their number."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return timed_eager([graph.replay], rounds) / len(calls)
+
+
+def timed_eager(calls: list[Callable[[], object]], rounds: int = 30) -> float:
+    """Seconds of one call, launches included."""
+    samples = []
+    for i in range(rounds + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            samples.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(samples) / len(calls)
+
+
+def ceilings() -> dict:
+    """Bytes per second of a copy (read + written) and of a read-only stream; FLOP/s of a bf16 matrix product."""
+    size = min(4 << 30, torch.cuda.get_device_properties(0).total_memory // 8) // 4096 * 4096
+    source, target = torch.empty(size, dtype=torch.uint8, device="cuda").random_(), torch.empty(size, dtype=torch.uint8, device="cuda")
+    copy = 2 * size / timed_eager([lambda: target.copy_(source)], 10)
+    read = size / timed_eager([lambda: torch.ops.calora.read(source)], 10)
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * n**3 / timed_eager([lambda: a @ b], 10)
+    return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "bf16_flop_per_s": product}
+
+
+def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> None:
+    """One shape and M: our formats with and without the bank, and the peers."""
+    dtype, lora, recovery = torch.bfloat16, 16, 64
+    x = torch.randn(m, in_, device="cuda", dtype=dtype)
+    a, b = torch.randn(lora, in_, device="cuda") / in_**0.5, torch.randn(out, lora, device="cuda")
+    down = torch.randn(lora + recovery, in_, device="cuda", dtype=dtype) / in_**0.5
+    up = ops.tile_up(torch.randn(out, lora + recovery, device="cuda", dtype=dtype))
+
+    def add(name: str, seconds: float, nbytes: int) -> None:
+        row = {"in": in_, "out": out, "m": m, "what": name, "seconds": seconds, "bytes": nbytes, "of_read_ceiling": nbytes / seconds / read}
+        rows.append(row)
+        print(f"  {out} x {in_}  m={m:<4} {name:36} {seconds * 1e6:9.1f} us  {row['of_read_ceiling']:.2f} of the read ceiling")
+
+    def ours(w: list[Tensor], fmt: WeightFormat, *bank) -> Tensor:
+        return ops.linear(x, w, fmt, in_, out, *bank)
+
+    def copies(nbytes: int) -> int:
+        return max(4, -(-COPIES_BYTES // nbytes))
+
+    for fmt in (WeightFormat("int4", 128), WeightFormat("int8"), WeightFormat("bf16")):
+        nbytes = fmt.nbytes(in_, out)
+        # Random bytes: what they decode to does not matter here, but zeros would take less power than weights do.
+        shape = (-(-out // 32), -1, 16)
+        weights = [[torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_().view(shape)] for _ in range(copies(nbytes))]
+        bank = (None, down, up, lora)
+        add(f"{fmt}", timed([lambda w=w, fmt=fmt: ours(w, fmt) for w in weights]), nbytes)
+        add(f"{fmt} + LoRA 16 + recovery 64", timed([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
+        if fmt.values == "int4":
+            add(f"{fmt} + bank, eager", timed_eager([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
+    dense = [torch.randn(out, in_, device="cuda", dtype=dtype) for _ in range(copies(2 * in_ * out))]
+    nbytes = 2 * in_ * out
+    add("cuBLAS bf16", timed([lambda w=w: torch.nn.functional.linear(x, w) for w in dense]), nbytes)
+
+    def with_lora(w: Tensor) -> Tensor:  # what peft.tuners.lora.Linear does in eval mode with its fp32 adapters
+        y = torch.nn.functional.linear(x, w)
+        return (y + (x.float() @ a.t() @ b.t()) * 2.0).to(dtype)
+
+    add("cuBLAS bf16 + LoRA as PEFT computes it", timed([lambda w=w: with_lora(w) for w in dense]), nbytes)
+    add("the same, eager", timed_eager([lambda w=w: with_lora(w) for w in dense]), nbytes)
+    del dense
+    try:
+        codes = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8, device="cuda")
+        n = copies(in_ * out // 2)
+        packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n)]
+        scales = torch.ones(in_ // 128, out, 2, device="cuda", dtype=dtype)
+        add("torch _weight_int4pack_mm g128", timed([lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in packed]), in_ * out // 2)
+    except Exception as error:
+        print(f"  _weight_int4pack_mm: left out ({str(error).splitlines()[0][:100]})")
+    try:
+        import bitsandbytes as bnb
+
+        layers = []
+        for _ in range(copies(in_ * out // 2)):
+            layer = bnb.nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4")
+            layers.append(layer.to("cuda"))
+        add("bitsandbytes nf4", timed([lambda w=w: w(x) for w in layers]), in_ * out // 2)
+    except ImportError:
+        print("  bitsandbytes: left out (not installed)")
+    except Exception as error:
+        print(f"  bitsandbytes: left out ({str(error).splitlines()[0][:100]})")
+
+
+def summary(results: dict) -> str:
+    """The short table: what was checked, and each speed beside the two peers that matter."""
+    lines = [(name, "ok" if not part["failed"] else f"{len(part['failed'])} FAILED: {part['failed'][0]}")
+             for name, part in results.items() if isinstance(part, dict) and "failed" in part]  # fmt: skip
+    lines += [(name, str(what)) for name, what in results.get("checkers", {}).items()]
+    lines += [(name, f"{value:.3g}") for name, value in results.get("ceilings", {}).items()]
+    text = table(("check", "result"), lines)
+    rows = results.get("speed", [])
+    by = {(r["in"], r["out"], r["m"], r["what"]): r["seconds"] for r in rows}
+    speeds = []
+    for row in rows:
+        where = (row["in"], row["out"], row["m"])
+        base = by.get((*where, "cuBLAS bf16"))
+        speeds.append((f"{row['out']} x {row['in']}", str(row["m"]), row["what"], f"{row['seconds'] * 1e6:.1f}",
+                       f"{base / row['seconds']:.2f}" if base else "-", f"{row['of_read_ceiling']:.2f}"))  # fmt: skip
+    if speeds:
+        text += "\n\n" + table(("layer", "M", "what", "us", "x cuBLAS bf16", "of read ceiling"), speeds)
+    return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
+    parser.add_argument("--seconds", type=float, default=540, help="when to stop starting new stages")
+    parser.add_argument("--dry-run", action="store_true", help="the cases on the CPU; writes nothing")
+    parser.add_argument("--small", action="store_true", help="a few small cases on the GPU, for the checkers")
+    options = parser.parse_args()
+    if options.dry_run:
+        print("Dry run: no GPU is used, nothing is measured, no result is written. The cases run on the CPU kernels.")
+        parts = {"correctness": correctness("cpu", small=True), "backward": backward("cpu"), "opcheck": opcheck("cpu")}
+        print(summary(parts))
+        return any(part["failed"] for part in parts.values())
+    if not torch.cuda.is_available():
+        parser.error("no GPU that torch can use was found; --dry-run runs what needs none")
+    if options.small:
+        return bool(correctness("cuda", small=True)["failed"])
+    if options.out is None:
+        parser.error("name a folder for the results with --out")
+    options.out.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    left = lambda: options.seconds - (time.monotonic() - start)  # noqa: E731
+    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "architectures": ops.native.cuda_architectures()}
+
+    def write() -> None:
+        target = options.out / "gpu_check.json"
+        beside = target.with_suffix(".part")
+        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        beside.replace(target)
+
+    stages: dict[str, Callable[[], dict]] = {
+        "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
+        "modules": lambda: module_moves("cuda"), "graphs": graphs_and_streams, "checkers": lambda: checkers(min(120, left() / 3)),
+    }  # fmt: skip
+    for name, stage in stages.items():
+        if left() < 10:
+            results[name] = {"failed": [], "skipped": "out of time"}
+            continue
+        try:
+            results[name] = stage()
+        except Exception as error:  # one broken stage must not cost the others of a rare machine
+            results[name] = {"failed": [f"{type(error).__name__}: {str(error).splitlines()[0]}"]}
+        print(f"[{time.monotonic() - start:5.0f} s] {name}: {results[name]}", flush=True)
+        write()
+    results["speed"] = []
+    read = results["ceilings"].get("read_bytes_per_s", float("nan"))
+    for m in (1, 8, 16, 64, 2048):
+        for in_, out in SPEED_SHAPES:
+            if left() < 20:
+                results["speed_left_out"] = [*results.get("speed_left_out", []), [in_, out, m]]
+                continue
+            try:
+                speed_rows(in_, out, m, results["speed"], read)
+            except Exception as error:
+                print(f"  {out} x {in_} m={m}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            torch.cuda.empty_cache()
+            write()
+    print(summary(results))
+    return any(part.get("failed") for part in results.values() if isinstance(part, dict))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
