@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench cuda-all abi-matrix clean
 
 demo: .venv/built
 	$(BIN)/calora demo
@@ -14,6 +14,14 @@ test: .venv/built
 
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks
+
+# Every architecture, one by one: time, size, spills. Needs nvcc, no GPU.
+cuda-all: .venv/built
+	$(BIN)/python benchmarks/cuda_all.py --out benchmarks/results/cuda-all.json
+
+# The one library on every torch it promises to load in. Downloads several GB into build/abi.
+abi-matrix: .venv/built
+	$(BIN)/python benchmarks/abi_matrix.py --out benchmarks/results/abi-matrix.json
 
 # torch first and alone: asked for together with the rest, pip may take another build of it.
 .venv/installed: requirements.txt
