@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32) decode_dense(const Decode a
     }
 }
 
-Geometry geometry_of(const PackedWeight& w) { return geometry(static_cast<Values>(w.values), w.in_features, w.out_features, w.group_size); }
+Geometry geometry_of(const PackedWeight& w) { return geometry(Pattern::dense, static_cast<Values>(w.values), w.in_features, w.out_features, w.group_size); }
 
 template <class V, class T, int NB>
 int launch_linear(const LinearArgs& a, void* stream) {

@@ -74,7 +74,7 @@ PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && same_device(t, packed[0]),
                     "calora: packed tensors must be contiguous uint8 tensors on one CUDA device");
-  const Geometry g = geometry(values, in_features, out_features, group_size);
+  const Geometry g = geometry(Pattern::dense, values, in_features, out_features, group_size);
   STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2),
                   "calora: the packed weight on the GPU is in the CPU's order; move the module with .to(\"cuda\"), which reorders it");
   STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
