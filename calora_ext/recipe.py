@@ -15,7 +15,7 @@ from .pruning import NofM, Target, magnitude, parse
 
 DEFAULT_GROUP, DEFAULT_SPARSE_GROUP = 64, 128
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-RATES_LATER = ("rmi", "owl", "arithmetic")
+RATES = ("uniform", "rmi", "owl", "arithmetic")
 ROUNDINGS = ("rtn", "gptq")
 ACTIVATIONS = ("int8", "exact")
 
@@ -35,7 +35,10 @@ class Recipe:
     pruner: what chooses them: ``"magnitude"`` keeps the largest; ``"wanda"`` (Sun et al. 2023) the largest times the norm of
     their input; ``"sparsegpt"`` (Frantar and Alistarh 2023) those that the others cannot make up for, which move to do so. The
     last two need calibration data; default sparsegpt where it is given, magnitude otherwise. A weight that is 0 stays 0.
-    rates: ``"uniform"``: every layer is equally sparse.
+    rates: how a share of the weights is spread over the layers, the total being met to the weight: ``"uniform"``; by block,
+    ``"arithmetic"`` (rising evenly with depth), ``"rmi"`` (Huang et al. 2025: more where a block's input resembles that of the
+    others) or ``"owl"`` (Yin et al. 2023: less where it has outliers), which need calibration data; or a table
+    ``{layer or block: rate}``, what it does not name sharing the rest.
     activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
     lm_head: how the output head is stored where it is not tied to the input embeddings; None keeps it dense.
     embeddings: how the input embeddings are stored (a tied head shares them); None keeps them dense.
@@ -72,9 +75,9 @@ class Recipe:
     def _check_sparsity(self) -> None:
         if self.sparsity is None and self.pruner is not None:
             raise CaloraError(f"pruner={self.pruner!r} has no meaning without sparsity; leave pruner out")
-        if isinstance(self.rates, dict) or self.rates in RATES_LATER:
-            raise CaloraError(f"rates={self.rates!r} is not in this version; leave rates out")
-        _choose("rates", self.rates, ("uniform",))
+        if self.sparsity is None and self.rates != "uniform":
+            raise CaloraError(f"rates={self.rates!r} has no meaning without sparsity; leave rates out")
+        self._settle_rates()
         if self.sparsity is None:
             return
         if self.pruner is not None:
@@ -82,8 +85,22 @@ class Recipe:
         parse(self.sparsity)  # its own checks
         if not isinstance(self.sparsity, str):
             object.__setattr__(self, "sparsity", float(self.sparsity))
+        elif self.rates != "uniform":
+            raise CaloraError(f"rates={self.rates!r} has no meaning for sparsity={self.sparsity!r}, the same everywhere; use a share such as 0.5")
         if self.symmetric is False:
             raise CaloraError("symmetric=False has no meaning for sparse weights, which have no zero points; leave it out")
+
+    def _settle_rates(self) -> None:
+        if not isinstance(self.rates, dict):
+            _choose("rates", self.rates, RATES)
+            return
+        for name, rate in self.rates.items():
+            number = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1
+            if not isinstance(name, str) or not number:
+                raise CaloraError(f"rates must be names of layers with shares from 0 to 1, got {name!r}: {rate!r}")
+        if not self.rates:
+            raise CaloraError("rates must be names of layers with shares from 0 to 1, got an empty table; leave rates out")
+        object.__setattr__(self, "rates", {name: float(rate) for name, rate in self.rates.items()})
 
     def _check_weights(self, field: str, name: Any) -> None:
         if name is None and field != "weights":
@@ -120,7 +137,7 @@ class Recipe:
         resolved = replace(self, pruner=pruner, rounding=rounding)
         needs = resolved.calibrated_choices
         if needs and not calibrated:
-            field, instead = needs[0], {"pruner": "magnitude", "rounding": "rtn"}[needs[0]]
+            field, instead = needs[0], {"pruner": "magnitude", "rounding": "rtn", "rates": "uniform"}[needs[0]]
             raise CaloraError(f"{field}={getattr(resolved, field)!r} needs calibration data; pass calibration=, or use {field}={instead!r}")
         if calibrated and not needs:
             chosen = f"rounding={rounding!r}" + (f" and pruner={pruner!r}" if pruner else "")
@@ -129,8 +146,9 @@ class Recipe:
 
     @property
     def calibrated_choices(self) -> list[str]:
-        """The fields whose values look at the inputs of a layer; for a resolved recipe."""
-        return [f for f, values in (("pruner", ("wanda", "sparsegpt")), ("rounding", ("gptq",))) if getattr(self, f) in values]
+        """The fields whose values look at the inputs of layers; for a resolved recipe."""
+        needing = {"pruner": ("wanda", "sparsegpt"), "rounding": ("gptq",), "rates": ("rmi", "owl")}
+        return [field for field, values in needing.items() if getattr(self, field) in values]
 
     def format(self, role: str = "linear") -> WeightFormat | None:
         """The weight format of a ``"linear"``, the ``"lm_head"`` or the ``"embeddings"``; None: it stays dense."""

@@ -109,6 +109,9 @@ def test_compressed_directory_is_complete(world):
         (["--sparsity", "2:4", "--pruner", "wanda"], ["pruner='wanda' needs calibration data"]),
         (["--sparsity", "2:4", "--pruner", "random"], ["random", "sparsegpt"]),
         (["--pruner", "wanda"], ["pruner"]),
+        (["--sparsity", "0.5", "--rates", "owl"], ["rates='owl' needs calibration data"]),
+        (["--sparsity", "2:4", "--rates", "arithmetic"], ["no meaning for sparsity='2:4'"]),
+        (["--sparsity", "0.5", "--rates", "missing.json"], ["missing.json"]),
         (["--group-size", "48"], ["group_size", "48"]),
         (["--skip", "("], ["regex"]),
         (["--rounding", "gptq"], ["calibration"]),
@@ -365,6 +368,17 @@ def test_unstructured_from_compress_to_inspect(calora, world, tmp_path):
     stored = sum(rows[f"model.layers.0.self_attn.q_proj.{name}"]["bytes"] for name in ("packed", "offsets", "kept"))
     assert q["bits_per_weight"] == 8 * stored / cx.load(tmp_path / "sparse").model.layers[0].self_attn.q_proj.weight.numel()
     assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
+
+
+def test_rates_by_rule_and_by_table(calora, world, tmp_path):
+    (tmp_path / "rates.json").write_text(json.dumps({"model.layers.0": 0.4}))
+    for rates in ("rmi", "owl", "arithmetic", tmp_path / "rates.json"):
+        data = ("--calibration", world / "train.txt") if rates in ("rmi", "owl") else ()
+        done = calora("compress", world / "dense", "-o", tmp_path / "out", "--overwrite", "--sparsity", 0.6, "--rates", rates, *data)
+        assert done.json["sparsity"] == pytest.approx(0.6, abs=1e-5)
+        first = done.json["layer_sparsity"]["model.layers.0.self_attn.q_proj"]
+        assert first == pytest.approx({"arithmetic": 0.46, "rmi": 0.62, "owl": first}.get(rates, 0.4), abs=1e-3)
+        assert ", rates " in done.out and calora("inspect", tmp_path / "out").code == 0
 
 
 @pytest.mark.parametrize("options", [(), ("--pruner", "wanda"), ("--pruner", "wanda", "--rounding", "rtn"), ("--weights", "bf16"), ("--sparsity", "0.5")], ids=str)

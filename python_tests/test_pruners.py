@@ -392,7 +392,8 @@ def test_a_pruned_model_survives_with_its_zeros(recipe, tmp_path):
         ours, theirs = module.decode(), loaded.get_submodule(name).decode()
         goal = parse(recipe.sparsity)
         assert torch.equal(ours, theirs) and module.format.pattern == ("2:4" if recipe.sparsity == "2:4" else "unstructured")
-        assert report.outcome.pruned[name] == (round((1 - recipe.density) * ours.numel()), ours.numel())
+        pruned, size = report.outcome.pruned[name]  # the counts of all layers together are rounded
+        assert abs(pruned - (1 - recipe.density) * size) < 1 and size == ours.numel()
         assert int((ours == 0).sum()) >= report.outcome.pruned[name][0]
         if isinstance(goal, NofM):
             assert ((ours != 0).view(len(ours), -1, goal.of).sum(-1) <= goal.keep).all()

@@ -39,11 +39,10 @@ def test_defaults_are_the_stated_ones():
         ({"sparsity": True}, "from 0 to 1; got True"),
         ({"sparsity": ["2:4"]}, "sparsity must be"),
         ({"sparsity": "2:4", "pruner": "random"}, "unknown pruner 'random'"),
-        ({"sparsity": "2:4", "rates": {"lm_head": 0.5}}, "rates=.* is not in this version"),
         ({"sparsity": "2:4", "symmetric": False}, "symmetric=False has no meaning for sparse"),
         ({"sparsity": "2:4", "rounding": "gptq", "weights": "bf16"}, "no meaning for bf16"),
         ({"pruner": "wanda"}, "without sparsity"),
-        ({"rates": "owl"}, "rates='owl' is not in this version"),
+        ({"rates": "owl"}, "rates='owl' has no meaning without sparsity"),
         ({"group_size": 48}, "multiple of 32"),
         ({"group_size": "64"}, "whole number"),
         ({"group_size": 64, "weights": "int8"}, "no meaning for int8"),
@@ -76,7 +75,7 @@ def test_choices_that_need_calibration_and_calibration_that_needs_a_choice():
 def test_json_round_trip():
     for recipe in (
         Recipe(group_size=128, symmetric=False, rounding="gptq", embeddings="int8", skip=["down_proj"]),
-        Recipe(weights="int8", sparsity="2:4", pruner="magnitude"), Recipe(weights="int8", sparsity=1),
+        Recipe(weights="int8", sparsity="2:4", pruner="magnitude"), Recipe(weights="int8", sparsity=1), Recipe(sparsity=0.5, rates={"model.layers.0": 0.3}),
     ):
         assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 

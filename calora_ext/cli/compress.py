@@ -57,7 +57,7 @@ def compress(
     lm_head: options.LmHead = "int8",
     embeddings: options.Embeddings = "none",
     skip: options.Skip = None,
-    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq, wanda and sparsegpt: .txt, .jsonl or .tsv, also .gz.")] = None,
+    calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq, wanda, sparsegpt, rmi and owl: .txt, .jsonl or .tsv, also .gz.")] = None,
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:

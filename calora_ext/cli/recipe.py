@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ..errors import CaloraError
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -19,17 +23,35 @@ Embeddings = Annotated[str, typer.Option(help="The input embeddings and a head t
 Skip = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Modules that stay dense; may be given several times.")]
 Sparsity = Annotated[str | None, typer.Option(help="2:4 (keep 2 of 4), or the share of the linear layers' weights to remove, as 0.7.  [default: none]")]
 Pruner = Annotated[str | None, typer.Option(help="What chooses them: magnitude, wanda or sparsegpt.  [default: sparsegpt with --calibration, else magnitude]")]
-Rates = Annotated[str, typer.Option(hidden=True)]  # only uniform in this version; the recipe says so in one sentence
+Rates = Annotated[
+    str, typer.Option(help="How a share is spread over the layers: uniform, arithmetic, rmi, owl, or FILE.json with {layer: share}.")
+]
 
 
-def build(*, skip: list[str] | None, lm_head: str, embeddings: str, sparsity: str | None, **fields) -> Recipe:
+def build(*, skip: list[str] | None, lm_head: str, embeddings: str, sparsity: str | None, rates: str, **fields) -> Recipe:
     """A Recipe from option values; "none" is None."""
     from ..recipe import Recipe
 
     def stored(value: str) -> str | None:
         return None if value.lower() == "none" else value
 
-    return Recipe(lm_head=stored(lm_head), embeddings=stored(embeddings), skip=tuple(skip or ()), sparsity=_sparsity(sparsity), **fields)
+    return Recipe(
+        lm_head=stored(lm_head), embeddings=stored(embeddings), skip=tuple(skip or ()), sparsity=_sparsity(sparsity), rates=_rates(rates),
+        **fields,
+    )  # fmt: skip
+
+
+def _rates(text: str) -> str | dict:
+    """The name of a rule as it is, or the table in a JSON file."""
+    if not text.endswith(".json"):
+        return text
+    try:
+        table = json.loads(Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CaloraError(f"--rates {text} cannot be read as JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise CaloraError(f"--rates {text} must hold an object {{layer: share}}")
+    return table
 
 
 def _sparsity(text: str | None) -> str | float | None:

@@ -19,11 +19,14 @@ from .replace import forget_ties, pack, tie
 from .report import Outcome, relative_error
 
 
-def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Tensor] | None, done: Callable[[], None]) -> Outcome:
+def apply(
+    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target], batches: list[Tensor] | None, done: Callable[[], None]
+) -> Outcome:
     """Replace every module that `coverage` gives a format.
 
-    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. batches: token ids of the calibration
-    data, or None. done: called after each module. Raises CaloraError naming the module for weights or inputs that are not finite.
+    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight.
+    batches: token ids of the calibration data for pruner and rounding, or None. done: called after each module.
+    Raises CaloraError naming the module for weights or inputs that are not finite.
     """
     outcome = Outcome()
     formats = coverage.formats
@@ -34,10 +37,10 @@ def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Te
         packed = None
         if inputs is not None:
             try:
-                packed = fmt.pack_quantized(calibrated(dense_weight(dense), inputs, fmt, recipe))
+                packed = fmt.pack_quantized(calibrated(dense_weight(dense), inputs, fmt, recipe, targets.get(name)))
             except CaloraError as error:
                 raise CaloraError(f"{name}: {error}") from None
-        layer = pack(name, dense, fmt, recipe, packed)
+        layer = pack(name, dense, fmt, targets.get(name), packed)
         weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
         outcome.errors[name] = relative_error(weight.detach(), layer)
         if fmt.sparse:
@@ -73,11 +76,10 @@ def apply(model: nn.Module, coverage: Coverage, recipe: Recipe, batches: list[Te
     return outcome
 
 
-def calibrated(weight: Tensor, inputs: Statistic, fmt: WeightFormat, recipe: Recipe) -> Quantized:
+def calibrated(weight: Tensor, inputs: Statistic, fmt: WeightFormat, recipe: Recipe, target: Target | Tensor | None) -> Quantized:
     """The codes of a weight (out, in) given its inputs, by the recipe's pruner and rounding. What is 0 stays 0."""
     if not fmt.sparse:
         return gptq.quantize(weight, inputs.matrix, fmt)
-    target: Target | Tensor = recipe.target(weight.numel())
     allowed = weight != 0
     if recipe.pruner == "wanda":
         target = wanda(weight, inputs.squares, target, allowed)

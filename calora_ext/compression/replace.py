@@ -9,7 +9,7 @@ from ..errors import CaloraError
 from ..formats import WeightFormat
 from ..linear import CompressedLinear, dense_weight
 from ..policy import features
-from ..recipe import Recipe
+from ..pruning import Target, magnitude
 
 Compressed = CompressedLinear | CompressedEmbedding
 
@@ -29,13 +29,13 @@ def empty(module: nn.Module, fmt: WeightFormat, extent: int = 0) -> Compressed:
     return CompressedLinear(in_features, out_features, module.bias is not None, fmt, dtype, "meta", extent)
 
 
-def pack(name: str, module: nn.Module, fmt: WeightFormat, recipe: Recipe, packed: dict[str, Tensor] | None = None) -> Compressed:
-    """Compress a dense module, pruned as the recipe says and rounded to nearest unless `packed` was chosen already.
-    CaloraErrors name the module."""
+def pack(name: str, module: nn.Module, fmt: WeightFormat, target: Target | None, packed: dict[str, Tensor] | None = None) -> Compressed:
+    """Compress a dense module, rounded to nearest unless `packed` was chosen already. target: how much a sparse format prunes,
+    by magnitude. CaloraErrors name the module."""
     try:
         if isinstance(module, nn.Embedding):
             return CompressedEmbedding.from_embedding(module, fmt)
-        mask = recipe.mask(dense_weight(module)) if fmt.sparse and packed is None else None
+        mask = magnitude(dense_weight(module), target) if fmt.sparse and packed is None else None
         return CompressedLinear.from_linear(module, fmt, packed, mask)
     except CaloraError as error:
         raise CaloraError(f"{name}: {error}") from None

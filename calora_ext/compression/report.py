@@ -88,6 +88,11 @@ class Report:
             f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)} ({ratio:.2f} times smaller) in {self.seconds:.1f} s",
         ])  # fmt: skip
 
+    def _rates(self) -> str:
+        if self.recipe.rates == "uniform":
+            return ""
+        return ", rates of a table" if isinstance(self.recipe.rates, dict) else f", rates {self.recipe.rates}"
+
     def notes(self) -> list[str]:
         """Sentences on what was pruned, and on layers that the calibration data did not reach."""
         notes = []
@@ -95,7 +100,7 @@ class Report:
             shares = [pruned / size for pruned, size in self.outcome.pruned.values()]
             weights = sum(size for _, size in self.outcome.pruned.values())
             notes.append(
-                f"{self.recipe.pruner}: {100 * self.outcome.sparsity:.2f} % of {weights:,} weights pruned, "
+                f"{self.recipe.pruner}{self._rates()}: {100 * self.outcome.sparsity:.2f} % of {weights:,} weights pruned, "
                 f"{100 * min(shares):.2f} to {100 * max(shares):.2f} % of a layer"
             )
         if self.outcome.uncalibrated:

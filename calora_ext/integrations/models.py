@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..adapters import list_adapters
+from ..compression import rates
 from ..compression.apply import apply
 from ..compression.calibrate import token_batches
 from ..compression.replace import compressed_modules
@@ -46,8 +47,13 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
     if not coverage.formats:
         raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
     batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
+    with progress(None, "Measuring", "block") as bar:
+        zeros = {name: int((model.get_submodule(name).weight == 0).sum()) for name, fmt in coverage.formats.items() if fmt.sparse}
+        targets = rates.targets(model, coverage.formats, recipe, batches, zeros, lambda: bar.update())
+    if not {"pruner", "rounding"} & set(recipe.calibrated_choices):
+        batches = None
     with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
-        outcome = apply(model, coverage, recipe, batches, lambda: bar.update())
+        outcome = apply(model, coverage, recipe, targets, batches, lambda: bar.update())
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
     set_activations(model, recipe.activations)

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..adapters import base_only
 from ..card import model_card
+from ..compression import rates
 from ..compression.replace import Compressed, compressed_modules, empty, forget_ties, pack, tie
 from ..errors import CaloraError
 from ..formats import WeightFormat, extent_of
@@ -32,6 +33,7 @@ from ..formats.layout import TILE_ALIGN
 from ..io import checkpoint
 from ..linear import CompressedLinear
 from ..policy import features, is_conv1d, plan, tied_modules
+from ..pruning import Target
 from ..recipe import Recipe
 from ..tables import format_bytes
 
@@ -91,6 +93,7 @@ class CaloraQuantizer(HfQuantizer):
     def __init__(self, quantization_config: CaloraConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)  # the caller's may be used again
         self.planned: dict[str, WeightFormat] = {}  # modules to pack while loading
+        self.targets: dict[str, Target] = {}  # how much of the sparse ones is pruned
         self.tied: dict[str, str] = {}  # {module: the module whose matrix it reads}, while loading
         self.failure: CaloraError | None = None  # transformers would turn it into a RuntimeError
 
@@ -112,8 +115,10 @@ class CaloraQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._swap(model, checkpoint_files)
         else:
-            self.planned = plan(model, self.quantization_config.recipe).formats
-            default = self.quantization_config.recipe.format()
+            recipe = self.quantization_config.recipe
+            self.planned = plan(model, recipe).formats
+            self.targets = rates.targets(model, self.planned, recipe)
+            default = recipe.format()
             self.quantization_config.modules = {name: fmt for name, fmt in self.planned.items() if fmt != default}
 
     # --- a packed checkpoint ---------------------------------------------------------------------------------------
@@ -187,7 +192,7 @@ class CaloraQuantizer(HfQuantizer):
             return {}
         dense = model.get_submodule(name)
         dense.weight = nn.Parameter(weight, requires_grad=False)
-        layer = pack(name, dense, self.planned[name], self.quantization_config.recipe)
+        layer = pack(name, dense, self.planned[name], self.targets.get(name))
         if getattr(dense, "bias", None) is not None:  # transformers would initialise what does not carry the mark
             layer.bias._is_hf_initialized = getattr(dense.bias, "_is_hf_initialized", False)
         model.set_submodule(name, layer)
