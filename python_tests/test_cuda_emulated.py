@@ -179,4 +179,12 @@ def test_the_kernels_pass_what_planted_bugs_must_fail(kernels):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_caught(bug, tmp_path):
-    assert failures(cuda_emulation.Emulated(cuda_emulation.start(tmp_path, BUGS[bug])))
+    """In a process of its own, which a kernel that writes where it must not may end."""
+    code = f"""
+        from pathlib import Path
+        import cuda_emulation as ce
+        from test_cuda_emulated import BUGS, failures
+        print(len(failures(ce.Emulated(ce.start(Path({str(tmp_path)!r}), BUGS[{bug!r}])))))
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
+    assert result.returncode < 0 or int(result.stdout) > 0, result.stderr[-2000:]

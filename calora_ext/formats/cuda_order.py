@@ -50,9 +50,9 @@ def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int
 
 def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
     """Inverse of :func:`to_cuda_order`, bit for bit."""
-    g = _geometry(fmt, in_features, out_features)
     if not in_cuda_order(name, tensor):
         return tensor
+    g = _geometry(fmt, in_features, out_features)
     if name == "zeros":
         return _nibbles(tensor, *reversed(_ZEROS)).view(g.zeros_shape)
     return _blocks(tensor, g, True).view(g.packed_shape)
