@@ -41,7 +41,7 @@ class Plan:
     formats: tuple[str, ...] = tuple(FORMATS)
     trained: tuple[tuple[str, str], ...] = (("docs", "int4 everywhere"),)
     arms: tuple[str, ...] = TRAINED
-    steps: int = 240
+    steps: int = 160
     seeds: tuple[int, ...] = (0,)
     batch_size: int = 2
     learning_rates: tuple[float, ...] | None = None

@@ -45,7 +45,7 @@ def loss_table(results: dict, task: str) -> str:
     formats = [form for form in results["sizes"] if any(row["format"] == form for row in results["rows"])]
     cells = {(row["arm"], row["format"]): row for row in results["rows"] if row["task"] == task}
     rows = [(title, *(_loss(cells.get((arm, form))) for form in formats)) for arm, title in ARMS.items()]
-    return table((task, *formats), rows)
+    return table((task, *formats), [row for row in rows if any(row[1:])])
 
 
 def _loss(row: dict | None) -> str | None:
@@ -113,9 +113,10 @@ def _pictures(path: Path, results: dict) -> dict[str, str]:
         title = f"{verdict['task']}, {verdict['format']}: what compression costs the adapter, and what comes back"
         plots.loss_dots(path / name, title, dots, {"ceiling": verdict["ceiling"], "inherited": verdict["inherited"]})
         pictures[f"Recovery: {verdict['task']}, {verdict['format']}"] = name
-    curves = {title.partition(": ")[2]: losses for title, losses in results["curves"].items() if title.startswith(f"{task}: ")}
+    titles = {f"{task}: {f} + {title}": title if f == form else f"{f}, {title}" for title in ARMS.values() for f in (form, DENSE)}
+    curves = {titles[title]: losses for title, losses in results["curves"].items() if title in titles}
     if curves:
-        plots.training_curves(path / "training.png", f"Training on {task}", curves)
+        plots.training_curves(path / "training.png", f"Training on {task}, {form}", curves)
         pictures["Training"] = "training.png"
     first = results["kernels"][0]
     title = f"One {first['out_features']} x {first['in_features']} layer, one token, {first['threads']} threads, {first['isa']}"
