@@ -16,7 +16,7 @@ import torch
 from calora_ext import WeightFormat, ops
 from calora_ext.bench import rung
 from calora_ext.measure import copies_for, interleaved
-from calora_ext.pruning import magnitude
+from calora_ext.pruning import NofM, magnitude
 from calora_ext.tables import table
 
 PROBE = 512 * 2**20  # bytes
@@ -36,7 +36,8 @@ def measure(out_features: int, in_features: int, m: int, rank: int, seconds: flo
     calls, nbytes = {}, {}
     for values, sparsity in ROWS:
         fmt = format_of(values, sparsity)
-        packed = list(fmt.pack(weight, None if sparsity is None else magnitude(weight, sparsity)).values())
+        target = NofM(2, 4) if sparsity == "2:4" else round((sparsity or 0) * weight.numel())
+        packed = list(fmt.pack(weight, None if sparsity is None else magnitude(weight, target)).values())
         size = sum(t.nbytes for t in packed) + (down.nbytes + up.nbytes if rank else 0)
         nbytes[values, sparsity] = size
         calls[values, sparsity] = [
