@@ -13,7 +13,7 @@ FORMATS = {
     "int8": {"weights": "int8"},
     "int4 g64": {"weights": "int4", "group_size": 64},
     "int4 row": {"weights": "int4", "group_size": -1},
-    # The harshest there is: one scale per row, for the embeddings and the output head tied to them as well.
+    # The harshest of the dense formats (sparse ones are not in the demo): one scale per row, for the embeddings and the output head tied to them as well.
     "int4 everywhere": {"weights": "int4", "group_size": -1, "embeddings": "int4"},
 }  # fields of a Recipe
 

@@ -1,4 +1,4 @@
-// The low-rank bank: t = phi(x D^T), and t U^T onto the live accumulators of a tile.
+// The low-rank bank: t = phi(x D^T), and t U^T onto the accumulators of a tile.
 #pragma once
 #include "../kernels.h"
 

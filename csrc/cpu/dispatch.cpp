@@ -30,7 +30,7 @@ int rungs(Rung (&out)[kMaxRungs]) {
   return n;
 }
 
-// The fastest runnable rung that is not above the cap. An unknown name is no cap; `calora info` says so.
+// The fastest runnable rung that is not above the cap. An unknown name is no cap here; ops.py refuses it by name.
 const Kernels* choose() {
   Rung all[kMaxRungs];
   const int n = rungs(all);
