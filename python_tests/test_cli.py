@@ -244,6 +244,16 @@ def test_adapt(calora, world, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "result.json"]  # no checkpoints left behind
 
 
+def test_recovery_without_training(calora, world, tmp_path):
+    cache = tmp_path / "cache"  # its targets are not used, but the weights of the teacher are
+    done = calora(
+        "adapt", world / "small", "--teacher", world / "teacher", "--inherit", world / "lora", "--data", world / "train.txt", "--max-length", 32,
+        "--eval-data", world / "test.txt", "-o", tmp_path / "adapter", "--steps", 0, "--recovery-init", "residual", "--cache-teacher", cache,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.json["steps"] == 0 and done.json["eval_after"] != done.json["eval_before"]
+
+
 @pytest.mark.parametrize(
     ("options", "arm"),
     [
@@ -272,6 +282,8 @@ def test_arms_of_adapt(calora, world, tmp_path, options, arm):
         (["--init", "lucky"], ["lucky"]),
         (["--lora-rank", "0", "--no-recovery"], ["nothing to train"]),
         (["--preset", "gpt-9"], ["gpt-9", "t5-3b"]),
+        (["--recovery-init", "svd"], ["svd", "residual"]),
+        (["--recovery-init", "residual"], ["teacher"]),
     ],
 )
 def test_adapt_refuses(calora, world, tmp_path, options, words):
@@ -284,11 +296,11 @@ def test_options_of_adapt_win_over_the_preset_and_leave_the_rest_of_it():
     from calora_ext.cli.adapt import _arguments
 
     published = cx.adaptation.preset("llama-13b")
-    chosen = _arguments(True, None, None, 8, 32, True, None, "llama-13b")
+    chosen = _arguments(True, None, None, 8, 32, None, True, None, "llama-13b")
     assert chosen["lora"] == dataclasses.replace(published["lora"], rank=8) and chosen["recovery"] == dataclasses.replace(published["recovery"], rank=32)
     assert chosen["distill"] == published["distill"] and chosen["task"] == "causal-lm"
-    assert _arguments(True, None, None, None, None, True, None, "t5-3b")["task"] == "seq2seq-lm"
-    asked = _arguments(True, None, None, None, None, True, "hidden,logits", None)["distill"]
+    assert _arguments(True, None, None, None, None, None, True, None, "t5-3b")["task"] == "seq2seq-lm"
+    asked = _arguments(True, None, None, None, None, None, True, "hidden,logits", None)["distill"]
     assert asked.logits == TAUGHT_LOGITS and asked.hidden == {-1: 0.05}
 
 

@@ -24,11 +24,12 @@ LEVELS = {
     5: ("lowrank", "policy", "embedding", "bench"),
     6: ("io",),
     7: ("adapters", "evaluate"),
-    8: ("compression", "adaptation"),
-    9: ("integrations",),
-    10: ("demo",),
-    11: ("cli",),
-    12: ("__main__",),
+    8: ("compression",),
+    9: ("adaptation",),
+    10: ("integrations",),
+    11: ("demo",),
+    12: ("cli",),
+    13: ("__main__",),
 }
 LEVEL = {unit: level for level, units in LEVELS.items() for unit in units}
 MODEL_LIBRARIES = {"transformers", "peft", "accelerate"}

@@ -2,6 +2,7 @@
 
 run        adapt() and cache_teacher()         config   Lora, Recovery, Distill      settings  of the optimisation
 student    branches put on the model           teacher, cache   the targets          objective the loss
+residual   recovery from what compression lost
 loop       AdamW over a function of the step   checkpoint       to go on bit for bit presets   published settings
 """
 

@@ -38,7 +38,8 @@ class Recovery:
     """The recovery modules: y += alpha / rank * GELU(dropout(x) D^T) U^T beside the linear layers, with the erf GELU.
 
     rank: of every site. sites: as ``Lora.targets``. dropout: one probability, or {name or regular expression of a site: probability}.
-    init: "zero", D uniform and U = 0, so that training starts from the model without recovery. alpha: default rank (scale 1).
+    init: "zero", D uniform and U = 0, so that training starts from the model without recovery, or "residual", the best low-rank
+    part of W - Ŵ for the data's inputs, which needs the teacher. alpha: default rank (scale 1).
     """
 
     rank: int = 32
@@ -51,8 +52,8 @@ class Recovery:
         rates = list(self.dropout.values()) if isinstance(self.dropout, Mapping) else [self.dropout]
         for rate in rates or [0.0]:
             _check_branch("Recovery", self.rank, self.alpha, rate)
-        if self.init != "zero":
-            raise CaloraError(f'Recovery(init={self.init!r}) is not supported; init is "zero"')
+        if self.init not in ("zero", "residual"):
+            raise CaloraError(f'Recovery(init={self.init!r}) is not supported; init is "zero" or "residual"')
 
     @property
     def scale(self) -> float:

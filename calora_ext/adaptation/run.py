@@ -21,6 +21,7 @@ from . import cache, student
 from .config import Distill, Lora, Recovery
 from .loop import derived_seed, train
 from .objective import Objective
+from .residual import TRAINED_BEND, UNTRAINED_BEND, start_from_residual
 from .result import AdaptResult
 from .settings import Settings
 from .teacher import LiveTeacher, fingerprint, frozen
@@ -61,7 +62,7 @@ def adapt(
 
     model: a compressed transformers model (a dense one works too: then it is plain LoRA training). Its weights stay packed and
     frozen; LoRA and recovery train jointly, in fp32.
-    teacher: the dense model. Unless an adapter acts on it already, it gets the inherited one for the time of the call. It runs
+    teacher: the dense model, which distillation and ``Recovery(init="residual")`` need. Unless an adapter acts on it already, it gets the inherited one for the time of the call. It runs
     in evaluation mode, without gradients. teacher_cache: a directory with its targets (``cache_teacher``), read instead of running
     it, and made first if it does not exist and a teacher is given.
     inherit: a PEFT LoRA directory trained on the dense model, or one of ours; None starts LoRA afresh.
@@ -100,6 +101,10 @@ def adapt(
         student.attach(model, adapter_name, chosen, wanted, recovery, inherited, task, derived_seed(settings.seed, "initial"))
         try:
             before = _evaluate(model, held_out, task, pad_id, settings)
+            if recovery is not None and recovery.init == "residual":
+                kept = inherited.recovery if inherited else {}
+                bend = TRAINED_BEND if settings.steps(len(samples)) else UNTRAINED_BEND
+                start_from_residual(model, adapter_name, teacher, kept, samples, bend, derived_seed(settings.seed, "residual"))
             with (
                 student.training(model, adapter_name, chosen, wanted, recovery) as parameters,
                 _checkpointed(model, settings),
@@ -167,7 +172,10 @@ def _check_arms(model, teacher, teacher_cache, inherit, lora, recovery, distill)
         )
     if lora is False and recovery is None:
         raise CaloraError("lora=False and recovery=None leave nothing to train")
-    if distill is None and (teacher is not None or teacher_cache is not None):
+    residual = recovery is not None and recovery.init == "residual"
+    if residual and teacher is None:
+        raise CaloraError('Recovery(init="residual") compares weights: pass teacher=... (the dense model), or use init="zero"')
+    if distill is None and ((teacher is not None and not residual) or teacher_cache is not None):
         raise CaloraError("distill=None trains without a teacher; drop teacher and teacher_cache, or say what to distil")
     if distill is not None and teacher is None and teacher_cache is None:
         raise CaloraError(

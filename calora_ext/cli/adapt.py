@@ -45,13 +45,18 @@ def adapt(
         int | None, typer.Option(help="Rank of the LoRA; larger than an inherited one enlarges it; 0 trains recovery alone.  [default: inherited, or 16]")
     ] = None,
     recovery_rank: Annotated[int | None, typer.Option(min=1, help="Rank of the recovery modules.  [default: 32]")] = None,
+    recovery_init: Annotated[
+        str | None, typer.Option(help="How they start: zero, or residual (from what compression lost; needs --teacher).  [default: zero]")
+    ] = None,
     recovery: Annotated[bool, typer.Option(help="Train recovery modules beside the LoRA.")] = True,
     distill: Annotated[
         str | None, typer.Option(help="What to learn from the teacher: hidden, logits, hidden,logits or none.  [default: hidden, and logits of a teacher with --inherit]")
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Published settings: t5-3b, llama-13b or llama-2-13b; other options win over it.")] = None,
     task: Task = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps.  [default: one pass over the data]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimiser steps; 0 with --recovery-init residual recovers without training.  [default: one pass over the data]")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate.  [default: 1e-3]")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per step.  [default: 8]")] = None,
     max_length: MaxLength = None,
@@ -77,17 +82,17 @@ def adapt(
 
         checkpoints = output.resolve().with_name(f"{output.resolve().name}.checkpoints")
         arguments = _arguments(
-            teacher is not None or cache_teacher is not None, inherit, init, lora_rank, recovery_rank, recovery, distill, preset
+            teacher is not None or cache_teacher is not None, inherit, init, lora_rank, recovery_rank, recovery_init, recovery, distill, preset
         )
         arguments["args"] = _settings(arguments.get("args"), steps, lr, batch_size, seed, checkpoints, resume)
         arguments["task"] = task or arguments.get("task", "causal-lm")
         samples = {"data": data, "max_length": max_length, "text_column": text_column, "pair_column": pair_column, "label_column": label_column}
         distilled = arguments.get("distill", True) is not None
         if distilled and cache_teacher is not None and teacher is not None and not cache_teacher.exists():
-            # Before the student is opened: the two are never in memory together.
+            # Before the student is opened: the two are never in memory together, unless their weights are compared.
             known = {name: arguments[name] for name in ("inherit", "distill", "task") if name in arguments}
             write_cache(cache_teacher, load(teacher), tokenizer=directories.open_tokenizer(model), **samples, **known)
-            teacher = None
+            teacher = teacher if recovery_init == "residual" else None
         student, tokenizer = directories.open_model(model)
         result = train(
             student, tokenizer=tokenizer, teacher=load(teacher) if teacher else None, teacher_cache=cache_teacher,
@@ -102,7 +107,7 @@ def adapt(
     emit(("adapt", result.arm), _rows(result), result.to_dict(), json_file)
 
 
-def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery, distill, preset) -> dict:
+def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery_init, recovery, distill, preset) -> dict:
     """Keyword arguments of ``cx.adapt`` that say what is trained and against what."""
     from ..adaptation import TAUGHT_LOGITS, Distill, Lora, Recovery
     from ..adaptation import preset as published
@@ -119,8 +124,8 @@ def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery, dis
         arguments["lora"] = None
     if not recovery:
         arguments["recovery"] = None
-    elif recovery_rank is not None:
-        arguments["recovery"] = dataclasses.replace(arguments.get("recovery", Recovery()), rank=recovery_rank)
+    elif changes := {name: value for name, value in (("rank", recovery_rank), ("init", recovery_init)) if value is not None}:
+        arguments["recovery"] = dataclasses.replace(arguments.get("recovery", Recovery()), **changes)
     if distill == "none" or (distill is None and not distilled):
         arguments["distill"] = None
     elif distill is not None:
