@@ -11,9 +11,9 @@ from calora_ext.errors import CaloraError
 from calora_ext.evaluate import perplexity
 from calora_ext.integrations.models import load
 
-FORM = "int4 everywhere"
+FORM = "2:4 int4"
 SHORT = Plan(
-    formats=("int4 row", FORM), trained=(("cpp", FORM),), arms=("i", "i-big", "i-rc-d"), steps=2, seeds=(0, 1), batch_size=1,
+    formats=("int4 everywhere", FORM), trained=(("cpp", FORM),), arms=("i", "i-big", "i-rc-d"), steps=2, seeds=(0, 1), batch_size=1,
     learning_rates=(1e-4, 1e-2), windows=2, new_tokens=2, bench_seconds=0.01,
 )  # fmt: skip
 
@@ -53,8 +53,8 @@ def test_figures_are_measured(told):
     ids = story._Story(SHORT, out, print, ASSETS).test["docs"]
     again = perplexity(load(ASSETS / "base", dtype="float32"), None, ids, story.WINDOW)
     assert row_of(results, "docs", DENSE, "none")["loss"] == pytest.approx(again.loss, abs=1e-5) and len(ids) == 2 * story.WINDOW
-    on_disk = sum(f.stat().st_size for f in (out / "models" / "int4-row").glob("*.safetensors"))
-    assert sum(results["sizes"]["int4 row"].values()) == on_disk < sum(results["sizes"][DENSE].values()) / 2
+    on_disk = sum(f.stat().st_size for f in (out / "models" / "int4-everywhere").glob("*.safetensors"))
+    assert sum(results["sizes"]["int4 everywhere"].values()) == on_disk < sum(results["sizes"][DENSE].values()) / 2
     assert results["round_trip_bit_exact"]
     assert results["activations"]["int8"]["cpp"] == row_of(results, "cpp", FORM, "none")["loss"]
     assert results["activations"]["int8"]["cpp"] == pytest.approx(results["activations"]["exact"]["cpp"], rel=0.01)
@@ -64,11 +64,11 @@ def test_report_folder(told):
     out, results, _ = told
     text = (out / "report.md").read_text()
     pictures = {line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")}
-    assert pictures >= {"sizes.png", "errors.png", "losses-cpp-int4-everywhere.png", "training.png", "kernels.png"}
+    assert pictures >= {"sizes.png", "errors.png", "losses-cpp-2-4-int4.png", "training.png", "kernels.png"}
     assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert json.loads((out / "report.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
     assert "adapter **cpp**" in text and "**no** adapter" in text
-    assert load(out / "models" / "int4-row") is not None and list((out / "adapters").iterdir())
+    assert load(out / "models" / "int4-everywhere") is not None and list((out / "adapters").iterdir())
 
 
 def test_without_matplotlib(told, tmp_path, monkeypatch):

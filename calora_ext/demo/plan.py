@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # What adapters there are, and a prompt for each.
@@ -12,10 +13,13 @@ DENSE = "dense"
 FORMATS = {
     "int8": {"weights": "int8"},
     "int4 g64": {"weights": "int4", "group_size": 64},
-    "int4 row": {"weights": "int4", "group_size": -1},
-    # The harshest of the dense formats (sparse ones are not in the demo): one scale per row, for the embeddings and the output head tied to them as well.
+    # The harshest of the dense formats: one scale per row, for the embeddings and the output head tied to them as well.
     "int4 everywhere": {"weights": "int4", "group_size": -1, "embeddings": "int4"},
+    # Pruned and rounded together, by SparseGPT on text of both tasks.
+    "2:4 int4": {"weights": "int4", "sparsity": "2:4"},
+    "70 % int4": {"weights": "int4", "sparsity": 0.7},
 }  # fields of a Recipe
+HARSHEST = "70 % int4"
 
 # What is beside the base, by the published shorthand: i inherited LoRA, rd a fresh one, rc recovery modules, d distillation
 # from the dense model with its LoRA. The first two are not trained; "i" on the dense model is the ceiling.
@@ -31,6 +35,11 @@ UNTRAINED = ("none", "inherited")
 TRAINED = tuple(arm for arm in ARMS if arm not in UNTRAINED)
 
 
+def file_name(*parts: str) -> str:
+    """Titles as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
 @dataclass(frozen=True)
 class Plan:
     """formats: evaluated, names of FORMATS. trained: (task, format) pairs on which all TRAINED arms are run, and the ceiling.
@@ -39,7 +48,7 @@ class Plan:
     new_tokens: generated per timing. bench_seconds: per peer of the kernel timing."""
 
     formats: tuple[str, ...] = tuple(FORMATS)
-    trained: tuple[tuple[str, str], ...] = (("docs", "int4 everywhere"),)
+    trained: tuple[tuple[str, str], ...] = (("docs", HARSHEST),)
     arms: tuple[str, ...] = TRAINED
     steps: int = 160
     seeds: tuple[int, ...] = (0,)
@@ -51,4 +60,8 @@ class Plan:
 
 
 QUICK = Plan()
-FULL = Plan(trained=tuple((task, "int4 everywhere") for task in TASKS), seeds=(0, 1, 2), learning_rates=(2e-4, 1e-3))
+FULL = Plan(
+    trained=tuple((task, form) for task in TASKS for form in (HARSHEST, "2:4 int4", "int4 everywhere")),
+    seeds=(0, 1, 2),
+    learning_rates=(2e-4, 1e-3),
+)

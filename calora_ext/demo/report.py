@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import plots
 from ..errors import CaloraError
 from ..tables import format_bytes, table
-from .plan import ARMS, DENSE, TASKS
+from .plan import ARMS, DENSE, TASKS, file_name
 
 REPORT = Path("calora-demo-report")
 MADE_BY = "calora demo"
@@ -109,7 +109,7 @@ def _pictures(path: Path, results: dict) -> dict[str, str]:
     for verdict in results["verdicts"]:
         shown = [row for row in results["rows"] if (row["task"], row["format"]) == (verdict["task"], verdict["format"]) and row["arm"] != "none"]
         dots = [(ARMS[row["arm"]], row["loss"], row["sd"], row["arm"] == "i-rc-d") for row in shown]
-        name = f"losses-{verdict['task']}-{verdict['format']}.png".replace(" ", "-")
+        name = file_name("losses", verdict["task"], verdict["format"]) + ".png"
         title = f"{verdict['task']}, {verdict['format']}: what compression costs the adapter, and what comes back"
         plots.loss_dots(path / name, title, dots, {"ceiling": verdict["ceiling"], "inherited": verdict["inherited"]})
         pictures[f"Recovery: {verdict['task']}, {verdict['format']}"] = name
@@ -145,8 +145,8 @@ def _markdown(results: dict, pictures: dict[str, str]) -> str:
         packaged_note(results),
         f"Nats per token on {plan['windows']} windows of {plan['window']} held-out tokens; fp32 arithmetic around int8 activations. Trained "
         f"arms: {plan['steps']} steps of {plan['batch_size']} x {plan['window']} tokens, all on the same tokens. *LoRA trained on*, on the dense "
-        "model, is the ceiling. *Larger LoRA*: as many parameters as CA-LoRA trains. *g64*: groups of 64 columns share a scale; *row*: one scale "
-        "per row; *everywhere*: the embeddings and the output head tied to them as well.",
+        "model, is the ceiling. *Larger LoRA*: as many parameters as CA-LoRA trains. *g64*: groups of 64 columns share a scale; "
+        "*everywhere*: one scale per row, for the embeddings and the output head tied to them as well; *2:4*, *70 %*: pruned by SparseGPT.",
         *(f"![{heading}]({name})" for heading, name in pictures.items() if heading.startswith("Recovery")),
         _picture(pictures, "Training"),
         "## Size and speed",

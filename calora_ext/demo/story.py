@@ -23,7 +23,7 @@ from ..io.batches import token_stream
 from ..io.checkpoint import read_headers, shard_paths
 from ..io.data import read_records
 from ..recipe import Recipe
-from .plan import ARMS, DENSE, FORMATS, TASK_TITLES, TASKS, Plan
+from .plan import ARMS, DENSE, FORMATS, TASK_TITLES, TASKS, Plan, file_name
 from .results import LEARNING_RATE, Row, Rows, packaged
 
 ASSETS = Path(__file__).parent / "assets"
@@ -77,9 +77,11 @@ class _Story:
         sizes = {DENSE: self._parts(self._model(DENSE))}
         errors, same = {}, True
         probe = self.test["cpp"][None, :64]
+        calibration = [self._text(task, "train") for task in TASKS]
         for name in self.plan.formats:
             model = load(self._model(DENSE))
-            errors[name] = compress(model, Recipe(**FORMATS[name])).errors
+            recipe = Recipe(**FORMATS[name])
+            errors[name] = compress(model, recipe, None if recipe.sparsity is None else calibration).errors
             model.save_pretrained(self._model(name))
             self.tokenizer.save_pretrained(self._model(name))
             with torch.inference_mode():
@@ -138,7 +140,7 @@ class _Story:
             model, data=self._file(task, "train"), tokenizer=self.tokenizer, max_length=WINDOW, args=settings, adapter_name=task,
             **self._branches(task, arm),
         )  # fmt: skip
-        saved = self.out / "adapters" / f"{task} {form} {arm} seed {seed}".replace(" ", "-")
+        saved = self.out / "adapters" / file_name(task, form, arm, "seed", str(seed))
         save_adapter(model, task, saved)
         return {
             "loss": self._loss(model, task), "valid": self._loss(model, task, self._text(task, "valid")) if judge else 0.0,
@@ -149,7 +151,7 @@ class _Story:
     def _branches(self, task: str, arm: str) -> dict:
         """Keyword arguments of ``adapt`` for an arm."""
         parts = arm.split("-")
-        recovery = Recovery()
+        recovery = Recovery(init="residual")
         options: dict = {"inherit": None if "rd" in parts else self._lora(task), "recovery": None, "distill": None}
         if "rd" in parts:
             options["lora"] = Lora(rank=LORA_RANK)
@@ -171,7 +173,7 @@ class _Story:
         form = self.plan.formats[-1]
         model = self._load(form)
         for task in TASKS:
-            trained = sorted((self.out / "adapters").glob(f"{task}-{form.replace(' ', '-')}-i-rc-d-*"))
+            trained = sorted((self.out / "adapters").glob(file_name(task, form, "i-rc-d") + "-*"))
             load_adapter(model, trained[0] if trained else self._lora(task), task)
         samples = []
         for adapter, prompt in ((None, TASKS["docs"]), *TASKS.items()):
@@ -194,7 +196,7 @@ class _Story:
         return load(self._model(form), dtype=torch.float32).eval()
 
     def _model(self, form: str) -> Path:
-        return self.assets / "base" if form == DENSE else self.out / "models" / form.replace(" ", "-")
+        return self.assets / "base" if form == DENSE else self.out / "models" / file_name(form)
 
     def _lora(self, task: str) -> Path:
         return self.assets / f"lora-{task}"
