@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .errors import CaloraError
+from .errors import CaloraError, NotBuiltError
 from .formats import WeightFormat
 from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS
@@ -25,7 +25,7 @@ RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
 _LIBRARY = Path(__file__).parent / "lib" / "libcalora.so"
 if not _LIBRARY.exists():
-    raise ImportError(
+    raise NotBuiltError(
         f"{_LIBRARY.name} is missing: the package was not built. Run `pip install .` in the source folder (torch installed first)."
     )
 _cap = os.environ.get("CALORA_ISA")

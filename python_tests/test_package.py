@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -33,6 +34,16 @@ def test_readme_example(tmp_path, monkeypatch):
         exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "chat-dir" / "adapter_config.json").exists() and (tmp_path / "chat-dir" / "recovery_config.json").exists()
     assert "int4 g64" in printed.getvalue() and "i-rc-d" in printed.getvalue()
+
+
+def test_a_package_that_was_not_built_says_so(tmp_path):
+    """A source folder without its native half: one sentence from the command line, no traceback."""
+    package = Path(calora_ext.__file__).parent
+    shutil.copytree(package, tmp_path / "calora_ext", ignore=shutil.ignore_patterns("lib", "_native*", "assets", "__pycache__"))
+    (tmp_path / "model").mkdir()
+    command = [sys.executable, "-m", "calora_ext", "compress", "model", "-o", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 2 and "was not built" in done.stderr and "pip install" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_readme_commands_exist():

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python train_lora.py --base base --text text --task docs --steps 500 --out lora-docs
 
 Seeded. The adapter of the last step is written to --out, in bf16, loaded again, and its held-out losses are printed (nats per
-token). It counts as trained when --steps 10 % higher improves them by less than 0.2 %: SOURCES.md has both runs.
+token). It counts as trained when --steps 10 % higher improves them by less than 0.2 %: assets/SOURCES.md has both results.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from ..errors import CaloraError
+from ..errors import CaloraError, NotBuiltError
 from . import adapt, bench, compress, demo, evaluate, generate, info
 
 app = typer.Typer(
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0, or 2 with one sentence on stderr for bad input."""
     try:
         app(arguments, prog_name="calora")
-    except CaloraError as error:
+    except (CaloraError, NotBuiltError) as error:
         _fail(str(error))
     except OSError as error:
         if error.errno is None:  # not from the operating system: libraries raise OSError for other things
