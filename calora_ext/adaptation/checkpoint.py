@@ -40,25 +40,31 @@ def save(
 ) -> Path:
     """Write directory/checkpoint-STEP: beside first, then renamed. Of others the newest keep - 1 stay."""
     target = directory / f"checkpoint-{step}"
-    part = directory / f".{target.name}.{os.getpid()}.part"
+    trained = {name: p.detach().contiguous() for name, p in parameters.items()}
     states = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
+    write(target, {"step": step, "run": run, "history": history}, {_TRAINED: trained, _OPTIMIZER: states})
+    # The newest by time: a directory may hold later steps of an earlier run.
+    others = sorted((p for p in found_in(directory) if p != target), key=lambda p: (p / _STATE).stat().st_mtime_ns)
+    for old in [] if keep is None else others[: len(others) - max(1, keep) + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def write(target: Path, state: dict, files: dict[str, dict[str, Tensor]]) -> None:
+    """A directory of one JSON state and safetensors files, written beside and renamed; what was there is replaced."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True, exist_ok=True)
-        save_tensors({name: p.detach().contiguous() for name, p in parameters.items()}, part / _TRAINED)
-        save_tensors(states, part / _OPTIMIZER)
-        (part / _STATE).write_text(json.dumps({"version": 1, "step": step, "run": run, "history": history}) + "\n")
+        for name, tensors in files.items():
+            save_tensors(tensors, part / name)
+        (part / _STATE).write_text(json.dumps({"version": 1, **state}) + "\n")
         if target.exists():
             shutil.rmtree(target)
         part.replace(target)
-        # The newest by time: a directory may hold later steps of an earlier run.
-        others = sorted((p for p in found_in(directory) if p != target), key=lambda p: (p / _STATE).stat().st_mtime_ns)
-        for old in [] if keep is None else others[: len(others) - max(1, keep) + 1]:
-            shutil.rmtree(old)
     except (OSError, SafetensorError) as error:
         raise CaloraError(f"cannot write {target}: {error}; free some space or choose another output_dir") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return target
 
 
 def found_in(directory: Path) -> list[Path]:
@@ -85,22 +91,32 @@ def newest(resume: str | bool | None, directory: str | None) -> Path | None:
 
 def load(path: Path, run: dict, parameters: dict[str, nn.Parameter]) -> Checkpoint:
     """Read a checkpoint of this very run. Raises CaloraError that names what differs, or which file is damaged."""
+    state = read(path, run, {"step", "history"})
+    trained, optimizer = tensors_in(path, _TRAINED), tensors_in(path, _OPTIMIZER)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    if {name: t.shape for name, t in trained.items()} != shapes or {k.rpartition("/")[0] for k in optimizer} != shapes.keys():
+        raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
+    return Checkpoint(state["step"], state["run"], state["history"], trained, optimizer)
+
+
+def read(path: Path, run: dict, needed: set[str]) -> dict:
+    """The JSON state that ``write`` left. Raises CaloraError where it is damaged or belongs to another run, naming what differs."""
     state = read_json(path / _STATE)
-    if state.get("version") != 1 or not {"step", "run", "history"} <= state.keys():
+    if state.get("version") != 1 or not needed | {"run"} <= state.keys():
         raise CaloraError(f"{path / _STATE} is damaged or of another version; start afresh")
     theirs, ours = state["run"], json.loads(json.dumps(run))
     if changed := sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k)):
         raise CaloraError(
             f"{path} belongs to another run: {', '.join(changed)} changed; resume with the same settings or start afresh"
         )
+    return state
+
+
+def tensors_in(path: Path, name: str) -> dict[str, Tensor]:
     try:
-        trained, optimizer = load_file(path / _TRAINED), load_file(path / _OPTIMIZER)
+        return load_file(path / name)
     except (OSError, SafetensorError) as error:
         raise CaloraError(f"{path} is damaged: {error}; use an earlier checkpoint") from error
-    shapes = {name: p.shape for name, p in parameters.items()}
-    if {name: t.shape for name, t in trained.items()} != shapes or {k.rpartition("/")[0] for k in optimizer} != shapes.keys():
-        raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
-    return Checkpoint(state["step"], theirs, state["history"], trained, optimizer)
 
 
 def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -62,8 +62,11 @@ def train(
     settings: Settings,
     pad_id: int,
     run: dict,
+    skip: int = 0,
+    title: str = "adapt",
 ) -> Trained:
     """Train the parameters (fp32) of a model in train mode. run: facts that a checkpoint must share to be resumed.
+    skip: samples of the data order that an earlier run took. title: of the progress bar.
 
     Raises CaloraError when the loss is no longer finite.
     """
@@ -82,11 +85,11 @@ def train(
         log.info("resumed from %s", path)
     save_every = settings.save_every(steps) if settings.output_dir else 0
     began, tokens = time.monotonic(), 0
-    bar = tqdm(total=steps, initial=start, unit="step", desc="adapt", disable=settings.disable_tqdm, dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=start, unit="step", desc=title, disable=settings.disable_tqdm, dynamic_ncols=True)
     with bar, torch.random.fork_rng(enabled=True):
         for step in range(start, steps):
             torch.manual_seed(derived_seed(settings.seed, "step", step))
-            first = step * settings.samples_per_step
+            first = skip + step * settings.samples_per_step
             picked = [samples[order[i]] for i in range(first, first + settings.samples_per_step)]
             row = _step(model, parameters, picked, objective, teacher, settings, pad_id, optimizer, settings.rate(step, steps))
             history.append({"step": step + 1, **row})

@@ -28,7 +28,7 @@ from .teacher import LiveTeacher, fingerprint, frozen
 
 LONGEST_DEFAULT = 512  # tokens per training sample, unless max_length says otherwise
 # Settings that may differ between a run and its continuation.
-_NOT_OF_THE_RUN = (
+NOT_OF_THE_RUN = (
     "output_dir",
     "save_steps",
     "save_total_limit",
@@ -80,8 +80,8 @@ def adapt(
         raise CaloraError(f"adapter {adapter_name!r} is loaded already; choose another adapter_name or delete_adapter it")
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     length = training_length(model, max_length)
-    samples, said = _samples(model, tokenizer, data, task, length, columns)
-    held_out = None if eval_data is None else _samples(model, tokenizer, eval_data, task, length, columns)[0]
+    samples, said = samples_of(model, tokenizer, data, task, length, columns)
+    held_out = None if eval_data is None else samples_of(model, tokenizer, eval_data, task, length, columns)[0]
     pad_id = pad_id_of(model, tokenizer)
     inherited = None if inherit is None else student.read_inherited(inherit)
     digest = None if inherited is None else inherited.digest
@@ -100,17 +100,17 @@ def adapt(
         acted = active_adapters(model)
         student.attach(model, adapter_name, chosen, wanted, recovery, inherited, task, derived_seed(settings.seed, "initial"))
         try:
-            before = _evaluate(model, held_out, task, pad_id, settings)
+            before = evaluate(model, held_out, task, pad_id, settings)
             if recovery is not None and recovery.init == "residual":
                 kept = inherited.recovery if inherited else {}
                 bend = TRAINED_BEND if settings.steps(len(samples)) else UNTRAINED_BEND
                 start_from_residual(model, adapter_name, teacher, kept, samples, bend, derived_seed(settings.seed, "residual"))
             with (
                 student.training(model, adapter_name, chosen, wanted, recovery) as parameters,
-                _checkpointed(model, settings),
+                checkpointed(model, settings),
             ):
                 trained = train(model, parameters, samples, Objective(task, distill), source, settings, pad_id, run)
-            after = _evaluate(model, held_out, task, pad_id, settings)
+            after = evaluate(model, held_out, task, pad_id, settings)
         except BaseException:
             delete_adapter(model, adapter_name)
             if acted:
@@ -119,7 +119,7 @@ def adapt(
     counts = chosen.parameters(model)
     return AdaptResult(
         adapter_name, _arm(lora, inherit, recovery, distill), task, said, length, len(trained.history), trained.history, before, after,
-        counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), _peak_rss(), trained.resumed_at, run,
+        counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), peak_rss(), trained.resumed_at, run,
     )  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def cache_teacher(
     task = task_name(task)
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     length = training_length(teacher, max_length)
-    samples, _ = _samples(teacher, tokenizer, data, task, length, columns)
+    samples, _ = samples_of(teacher, tokenizer, data, task, length, columns)
     inherited = None if inherit is None else student.read_inherited(inherit)
     distill = distill.resolve(student.taught(teacher, inherited))
     about = cache.facts(samples, tokenizer, task, length, distill, None if inherited is None else inherited.digest)
@@ -185,7 +185,8 @@ def _check_arms(model, teacher, teacher_cache, inherit, lora, recovery, distill)
         raise CaloraError("teacher and student are the same model; load the dense model beside the compressed one")
 
 
-def _samples(model, tokenizer, data, task, length, columns) -> tuple[list[Sample], str]:
+def samples_of(model, tokenizer, data, task, length, columns) -> tuple[list[Sample], str]:
+    """Samples of a task for a model, and a line on what was made; arguments as in ``adapt``, length in tokens."""
     config = model.config
     labels = {"label_names": config.label2id, "classes": config.num_labels} if task == "sequence-classification" else {}
     return tokenize(read_records(data, **columns), tokenizer, task, length, **labels)
@@ -206,7 +207,7 @@ def _teacher(stack, teacher, teacher_cache, samples, pad_id, task, distill, abou
 def _facts(model, samples, settings, task, length, lora, recovery, distill, digest) -> dict:
     """What must be equal for a checkpoint to be continued; JSON."""
     data = hashlib.blake2b("".join(sample_key(s) for s in samples).encode(), digest_size=16).hexdigest()
-    plain = {k: v for k, v in asdict(settings).items() if k not in _NOT_OF_THE_RUN}
+    plain = {k: v for k, v in asdict(settings).items() if k not in NOT_OF_THE_RUN}
     parts = {"lora": lora, "recovery": recovery, "distill": distill}
     return {
         "model": fingerprint(model), "data": data, "inherited adapter": digest, "task": task, "max_length": length,
@@ -214,7 +215,7 @@ def _facts(model, samples, settings, task, length, lora, recovery, distill, dige
     }  # fmt: skip
 
 
-def _checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
+def checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
     """Gradient checkpointing for the time being, where it is asked for."""
     stack = ExitStack()
     if settings.gradient_checkpointing and not model.is_activation_checkpointing:
@@ -223,7 +224,8 @@ def _checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
     return stack
 
 
-def _evaluate(model, samples, task, pad_id, settings) -> dict | None:
+def evaluate(model, samples, task, pad_id, settings) -> dict | None:
+    """{"loss", and for classification "accuracy"}; None without samples."""
     if samples is None:
         return None
     size = settings.per_device_eval_batch_size
@@ -238,6 +240,6 @@ def _arm(lora, inherit, recovery, distill) -> str:
     return "-".join(p for p in parts if p)
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

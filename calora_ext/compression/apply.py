@@ -10,21 +10,22 @@ from ..errors import CaloraError
 from ..formats import Quantized, WeightFormat
 from ..linear import CompressedLinear, dense_weight
 from ..policy import Coverage, tied_modules
-from ..pruning import Target, magnitude
+from ..pruning import Target
 from ..recipe import Recipe
 from . import gptq
 from .calibrate import Gram, SquaredNorms, Statistic, find_blocks, run_blocks
-from .pruners import sparsegpt, sparsegpt_rounded, wanda
+from .pruners import prune, sparsegpt_rounded
 from .replace import forget_ties, pack, tie
 from .report import Outcome, relative_error
 
 
 def apply(
-    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target], batches: list[Tensor] | None, done: Callable[[], None]
+    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target | Tensor], batches: list[Tensor] | None, done: Callable[[], None]
 ) -> Outcome:
     """Replace every module that `coverage` gives a format.
 
-    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight.
+    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight, or the mask
+    (out, in) that it has already.
     batches: token ids of the calibration data for pruner and rounding, or None. done: called after each module.
     Raises CaloraError naming the module for weights or inputs that are not finite.
     """
@@ -77,16 +78,13 @@ def apply(
 
 
 def calibrated(weight: Tensor, inputs: Statistic, fmt: WeightFormat, recipe: Recipe, target: Target | Tensor | None) -> Quantized:
-    """The codes of a weight (out, in) given its inputs, by the recipe's pruner and rounding. What is 0 stays 0."""
+    """The codes of a weight (out, in) given its inputs, by the recipe's pruner and rounding. What is 0 stays 0; target may be the
+    mask, which then holds as it is."""
     if not fmt.sparse:
         return gptq.quantize(weight, inputs.matrix, fmt)
-    allowed = weight != 0
-    if recipe.pruner == "wanda":
-        target = wanda(weight, inputs.squares, target, allowed)
-    elif recipe.pruner == "magnitude":
-        target = magnitude(weight, target, allowed)
-    if recipe.rounding == "gptq":
-        return sparsegpt_rounded(weight, inputs.matrix, fmt, target, allowed)
-    if recipe.pruner == "sparsegpt":
-        return fmt.quantize(*sparsegpt(weight, inputs.matrix, target, allowed))
-    return fmt.quantize(weight, target)
+    allowed = None if isinstance(target, Tensor) else weight != 0
+    if recipe.rounding != "gptq":
+        return fmt.quantize(*((weight, target) if allowed is None else prune(weight, inputs, recipe.pruner, target, allowed)))
+    if allowed is not None and recipe.pruner != "sparsegpt":
+        target = prune(weight, inputs, recipe.pruner, target, allowed)[1]
+    return sparsegpt_rounded(weight, inputs.matrix, fmt, target, allowed)

@@ -226,7 +226,7 @@ def run_blocks(
 
         return forward
 
-    inputs = [_inputs(model, ids) for ids in batches]
+    inputs = [inputs_of(model, ids) for ids in batches]
     passes = [_Pass(lambda kwargs=kwargs: model(**kwargs)) for kwargs in inputs]
     training = model.training
     model.eval()
@@ -264,7 +264,7 @@ def _resume(passes: list[_Pass]) -> None:
         raise CaloraError(f"the model fails on the calibration data: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
-def _inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+def inputs_of(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """Keyword arguments for a forward pass. No cache: a block runs twice and would fill it twice."""
     kwargs: dict[str, Any] = {"input_ids": ids}
     if getattr(model.config, "is_encoder_decoder", False):

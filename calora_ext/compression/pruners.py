@@ -14,10 +14,22 @@ from torch import Tensor
 
 from ..errors import CaloraError
 from ..formats import Quantized, WeightFormat
-from ..pruning import NofM, Target, apportion, largest, n_of_m
+from ..pruning import NofM, Target, apportion, largest, magnitude, n_of_m
+from .calibrate import Statistic
 from .obs import Grid, inverse_factor, sweep
 
 STRIPE = 128  # columns that SparseGPT ranks together, as published
+
+
+def prune(
+    weight: Tensor, inputs: Statistic | None, pruner: str, target: Target, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(weight, mask), both (out, in), by a pruner's name. inputs: what entered the layer; None, where nothing did, ranks by magnitude."""
+    if pruner == "magnitude" or inputs is None:
+        return weight, magnitude(weight, target, allowed)
+    if pruner == "wanda":
+        return weight, wanda(weight, inputs.squares, target, allowed)
+    return sparsegpt(weight, inputs.matrix, target, allowed)
 
 
 def wanda(weight: Tensor, squares: Tensor, target: Target, allowed: Tensor | None = None) -> Tensor:

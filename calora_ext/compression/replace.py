@@ -29,13 +29,15 @@ def empty(module: nn.Module, fmt: WeightFormat, extent: int = 0) -> Compressed:
     return CompressedLinear(in_features, out_features, module.bias is not None, fmt, dtype, "meta", extent)
 
 
-def pack(name: str, module: nn.Module, fmt: WeightFormat, target: Target | None, packed: dict[str, Tensor] | None = None) -> Compressed:
+def pack(name: str, module: nn.Module, fmt: WeightFormat, target: Target | Tensor | None, packed: dict[str, Tensor] | None = None) -> Compressed:
     """Compress a dense module, rounded to nearest unless `packed` was chosen already. target: how much a sparse format prunes,
-    by magnitude. CaloraErrors name the module."""
+    by magnitude, or the mask (out, in). CaloraErrors name the module."""
     try:
         if isinstance(module, nn.Embedding):
             return CompressedEmbedding.from_embedding(module, fmt)
-        mask = magnitude(dense_weight(module), target) if fmt.sparse and packed is None else None
+        mask = None
+        if fmt.sparse and packed is None:
+            mask = target if isinstance(target, Tensor) else magnitude(dense_weight(module), target)
         return CompressedLinear.from_linear(module, fmt, packed, mask)
     except CaloraError as error:
         raise CaloraError(f"{name}: {error}") from None

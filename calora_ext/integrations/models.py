@@ -35,7 +35,7 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
     Raises CaloraError for a model that is compressed already, weights that are not finite, or calibration data that
     is empty, too short or leads to NaN; what comes to light halfway leaves a partly compressed model: load it again.
     """
-    from .transformers import CaloraConfig, PreTrainedModel, mark_compressed
+    from .transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise CaloraError(f"expected a transformers model, got {type(model).__name__}; load it with from_pretrained first")
@@ -54,10 +54,17 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
         batches = None
     with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
         outcome = apply(model, coverage, recipe, targets, batches, lambda: bar.update())
+    declare(model, recipe, coverage)
+    return Report(recipe, coverage.with_sizes(model), outcome, time.perf_counter() - started)
+
+
+def declare(model: nn.Module, recipe: Recipe, coverage: Coverage) -> None:
+    """Tell transformers of a model whose modules were replaced in place; recipe: resolved."""
+    from .transformers import CaloraConfig, mark_compressed
+
     config = CaloraConfig(recipe, modules={name: fmt for name, fmt in coverage.formats.items() if fmt != recipe.format()})
     mark_compressed(model, config)
     set_activations(model, recipe.activations)
-    return Report(recipe, coverage.with_sizes(model), outcome, time.perf_counter() - started)
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
