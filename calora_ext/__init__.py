@@ -34,6 +34,7 @@ _LAZY = {
     "save_adapter": "adapters",
     "set_activations": "integrations.models",
     "set_adapter": "adapters",
+    "sparse_adapt": "losa",
 }
 __all__ = ["CaloraError", *_LAZY]
 

@@ -27,7 +27,7 @@ LEVELS = {
     8: ("compression",),
     9: ("adaptation",),
     10: ("integrations",),
-    11: ("demo",),
+    11: ("demo", "losa"),
     12: ("cli",),
     13: ("__main__",),
 }

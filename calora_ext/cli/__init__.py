@@ -11,7 +11,7 @@ import sys
 import typer
 
 from ..errors import CaloraError, NotBuiltError
-from . import adapt, bench, compress, demo, evaluate, generate, info
+from . import adapt, bench, compress, demo, evaluate, generate, info, sparse_adapt
 
 app = typer.Typer(
     name="calora",
@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for module in (demo, info, compress, adapt, evaluate, generate, bench):
+for module in (demo, info, compress, adapt, sparse_adapt, evaluate, generate, bench):
     module.register(app)
 
 

@@ -109,7 +109,7 @@ def adapt(
 
 def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery_init, recovery, distill, preset) -> dict:
     """Keyword arguments of ``cx.adapt`` that say what is trained and against what."""
-    from ..adaptation import TAUGHT_LOGITS, Distill, Lora, Recovery
+    from ..adaptation import TAUGHT_LOGITS, Lora, Recovery
     from ..adaptation import preset as published
 
     if init not in (None, "inherit", "random"):
@@ -129,11 +129,20 @@ def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery_init
     if distill == "none" or (distill is None and not distilled):
         arguments["distill"] = None
     elif distill is not None:
-        wanted = {part.strip() for part in distill.split(",")}
-        if not wanted or wanted - {"hidden", "logits"}:
-            raise CaloraError(f"--distill is hidden, logits, hidden,logits or none, got {distill!r}")
-        arguments["distill"] = Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=TAUGHT_LOGITS if "logits" in wanted else 0.0)
+        arguments["distill"] = distillation(distill, TAUGHT_LOGITS)
     return arguments
+
+
+def distillation(text: str, logits: float):
+    """``Distill`` from "hidden", "logits", both with a comma, or "none". logits: the weight of theirs."""
+    from ..adaptation import Distill
+
+    wanted = {part.strip() for part in text.split(",")}
+    if wanted == {"none"}:
+        return None
+    if wanted - {"hidden", "logits"}:
+        raise CaloraError(f"--distill is hidden, logits, hidden,logits or none, got {text!r}")
+    return Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=logits if "logits" in wanted else 0.0)
 
 
 def _settings(base, steps, lr, batch_size, seed, checkpoints: Path, resume: bool):

@@ -1,0 +1,125 @@
+"""``MaskedLinear``: a sparse weight with a LoRA under its mask, y = x (mask * (W + s U D))^T + b, in one GEMM.
+
+U D has the mask's zeros, so that folding it in keeps the sparsity: nothing is left of the adapter at run time. The gradients are
+exact and need no second weight: with G = s (dL/dy)^T x * mask they are dL/dD = U^T G and dL/dU = G D^T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+from ..linear import dense_weight
+
+
+def merged(base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """mask * (base + scale * up down): (out, in). base is 0 outside the mask already."""
+    return torch.addmm(base, up, down, alpha=scale).masked_fill_(~mask, 0.0)
+
+
+class _MaskedProduct(torch.autograd.Function):
+    """x (..., in) times the merged weight, transposed: (..., out). The merged weight is formed again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, base, mask, down, up)
+        ctx.scale = scale
+        return linear(x, merged(base, mask, down, up, scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, base, mask, down, up = ctx.saved_tensors
+        to_x = to_down = to_up = None
+        if ctx.needs_input_grad[0]:
+            to_x = grad @ merged(base, mask, down, up, ctx.scale).to(grad.dtype)
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            product = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)  # (out, in)
+            product = product.to(base.dtype).masked_fill_(~mask, 0.0).mul_(ctx.scale)
+            to_down, to_up = up.t() @ product, product @ down.t()
+        return to_x, None, None, to_down, to_up, None
+
+
+class MaskedLinear(nn.Linear):
+    """Stands for a dense linear layer while its sparse version is trained.
+
+    base: (out, in) float32, the sparse weight without the adapter, 0 where mask (out, in) bool is False. lora_A (rank, in),
+    lora_B (out, rank): the adapter, fp32. dense: the layer as it was, which ``as_dense`` runs instead.
+    """
+
+    def __init__(self, dense: nn.Module) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: the weight is formed from the parts
+        weight = dense_weight(dense)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("base", weight.float(), persistent=False)
+        self.register_buffer("mask", weight != 0, persistent=False)
+        self.bias = dense.bias
+        self.scale = 1.0
+        self.lora_A = self.lora_B = None
+        self.running_dense = False
+        self.__dict__["dense"] = dense  # not a child: its parameters are not this model's
+        self.train(dense.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """What it multiplies by, (out, in) float32."""
+        with torch.no_grad():
+            return self.base if self.lora_A is None else merged(self.base, self.mask, self.lora_A, self.lora_B, self.scale)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError("the weight of a MaskedLinear is formed from base, mask and adapter; set those")
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.lora_A is None else len(self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.running_dense:
+            return self.dense(x)
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            if self.lora_A is None:
+                y = linear(x, self.base.to(x.dtype))
+            else:
+                y = _MaskedProduct.apply(x, self.base, self.mask, self.lora_A, self.lora_B, self.scale)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def fold(self) -> None:
+        """Add the adapter to the base and forget it: what the layer computes stays the same, bit for bit."""
+        self.base = self.weight
+        self.lora_A = self.lora_B = None
+
+    def keep(self, weight: Tensor, mask: Tensor) -> None:
+        """Become weight * mask, (out, in), without an adapter."""
+        self.base, self.mask = weight.float().masked_fill(~mask, 0.0), mask
+        self.lora_A = self.lora_B = None
+
+    def adapt(self, rank: int, scale: float, generator: torch.Generator) -> None:
+        """A fresh adapter of any rank, which changes nothing yet: D uniform in +-1/sqrt(in_features), U zero."""
+        bound = 1 / math.sqrt(self.in_features)
+        self.scale = scale
+        down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(down.to(self.base.device))
+        self.lora_B = nn.Parameter(self.base.new_zeros(self.out_features, rank))
+
+
+@contextmanager
+def as_dense(layers: Iterable[MaskedLinear]) -> Iterator[None]:
+    """The model that the layers lie in computes what it did before they replaced its own."""
+    layers = list(layers)
+    for layer in layers:
+        layer.running_dense = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.running_dense = False

@@ -1,0 +1,332 @@
+"""cx.sparse_adapt and `calora sparse-adapt` on tiny models: what is kept through training, packing, saving; resuming; bad input."""
+
+import json
+
+import pytest
+import torch
+from _tiny import gpt2
+from adapt_helpers import make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from torch import nn
+
+import calora_ext as cx
+from calora_ext import CaloraError, CompressedLinear, Recipe
+from calora_ext.adaptation import Distill, Settings, loop
+from calora_ext.cli import main
+from calora_ext.losa import run as losa_run
+from calora_ext.losa.masked import MaskedLinear
+from calora_ext.losa.schedule import sparsity_at
+
+TEXTS = [text_of(800)]
+QUICK = {"max_steps": 10, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "disable_tqdm": True}
+IDS = torch.randint(4, 28, (2, 12), generator=torch.Generator().manual_seed(5))
+
+
+def adapt(model, settings=None, **options):
+    options = {"data": TEXTS, "tokenizer": make_tokenizer(), "max_length": 16, "prunings": 3, "rank": 4, **options}
+    return cx.sparse_adapt(model, args=Settings(**QUICK | (settings or {})), **options)
+
+
+def sparse_layers(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear) and m.format.sparse}
+
+
+def mask_of(layer):
+    return layer.format.unpack(layer.packed_tensors(), layer.in_features, layer.out_features).mask
+
+
+def packed(model):
+    return {f"{name}.{key}": t.clone() for name, layer in sparse_layers(model).items() for key, t in layer.packed_tensors().items()}
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """{layer: (merged weight in fp32, mask)} of the run that follows, as they were before packing."""
+    seen = {}
+    pack = losa_run._pack
+
+    def spy(model, coverage, recipe, layers, batches):
+        assert all(layer.rank for layer in layers.values())  # still apart
+        seen.update({name: (layer.weight.clone(), layer.mask.clone()) for name, layer in layers.items()})
+        return pack(model, coverage, recipe, layers, batches)
+
+    monkeypatch.setattr(losa_run, "_pack", spy)
+    return seen
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------------
+
+
+RECIPES = [
+    Recipe(weights="bf16", sparsity=0.7, rates="arithmetic"), Recipe(weights="bf16", sparsity="2:4", pruner="wanda"),
+    Recipe(weights="int8", sparsity=0.5, pruner="magnitude", rounding="rtn"), Recipe(weights="int8", sparsity="2:4"),
+    Recipe(weights="int4", sparsity=0.6, group_size=32), Recipe(weights="int4", sparsity="3:8", group_size=-1, rounding="rtn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.weights} {r.sparsity} {r.pruner} {r.rounding}")
+def test_zero_pattern_from_training_to_the_loaded_model(recipe, trained, tmp_path):
+    model = make_llama()
+    result = adapt(model, recipe=recipe)
+    layers = sparse_layers(model)
+    assert layers.keys() == trained.keys() and result.phases[-1]["pruned"] == sum(int((~m).sum()) for _, m in trained.values())
+    for name, layer in layers.items():
+        weight, mask = trained[name]
+        assert not weight[~mask].any() and torch.equal(mask_of(layer), mask) and not layer.decode()[~mask].any()
+        if recipe.weights == "bf16":
+            assert torch.equal(layer.decode(), weight.bfloat16().float())  # rounded once, from fp32
+            assert torch.equal(layer.decode() != 0, mask)
+        error = (layer.decode() - weight).norm() / weight.norm()
+        assert result.errors[name] == pytest.approx(float(error), rel=1e-4) and error < {"bf16": 2**-8, "int8": 0.05, "int4": 0.5}[recipe.weights]
+    model.save_pretrained(tmp_path / "out")
+    again = cx.load(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    for name, layer in sparse_layers(again).items():
+        assert torch.equal(mask_of(layer), trained[name][1]) and layer.bank is None
+    assert again.config.quantization_config.recipe == result.recipe
+
+
+@pytest.mark.parametrize("rates", ["uniform", "arithmetic", "rmi", {"model.layers.0": 0.6}])
+def test_counts_are_exact_at_every_pruning(rates):
+    model = make_llama()
+    result = adapt(model, recipe=Recipe(weights="bf16", sparsity=0.73, rates=rates), prunings=4)
+    weights = sum(layer.in_features * layer.out_features for layer in sparse_layers(model).values())
+    assert [row["weights"] for row in result.phases] == [weights] * 4
+    assert [row["pruned"] for row in result.phases] == [round(sparsity_at(0.73, t, 4) * weights) for t in (1, 2, 3, 4)]
+    assert result.sparsity == result.phases[-1]["sparsity"] and [row["mean_rank"] for row in result.phases] == [2.5, 3.5, 4.5, 5.5]
+    assert [row["steps"] for row in result.phases] == [1, 1, 2, 6] and len(result.history) == 10
+    assert [row["step"] for row in result.history] == list(range(1, 11))
+    if isinstance(rates, dict):
+        assert result.phases[-1]["rates"]["model.layers.0"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_training_helps_and_the_result_is_measured():
+    results = [adapt(make_llama(), {"max_steps": steps}, eval_data=[text_of(300, seed=4)], sparsity=0.7) for steps in (0, 60)]
+    untrained, trained = results
+    assert trained.eval_merged["loss"] < untrained.eval_merged["loss"] and trained.eval_dense == untrained.eval_dense
+    assert trained.eval_packed["loss"] == pytest.approx(trained.eval_merged["loss"], abs=0.02)
+    table = str(trained)
+    assert "70.00 %" in table and "mean rank" in table and trained.bytes_after < trained.bytes_before
+    json.dumps(trained.to_dict())
+
+
+def test_other_architectures(trained):
+    """GPT-2's transposed layers, an encoder-decoder, a classifier, bf16 weights."""
+    model = gpt2()
+    adapt(model, sparsity=0.5)
+    assert len(trained) == 8 and all(torch.equal(mask_of(layer), trained[name][1]) for name, layer in sparse_layers(model).items())
+    pairs = [{"prompt": text_of(8, i), "completion": text_of(5, i + 50)} for i in range(24)]
+    adapt(make_t5(), data=pairs, tokenizer=make_tokenizer(end="</s>", begin=""), task="seq2seq-lm", sparsity=0.5)
+    rows = [{"text": text_of(8, i), "label": i % 2} for i in range(24)]
+    result = adapt(make_classifier(), data=rows, eval_data=rows, task="sequence-classification", sparsity=0.5)
+    assert 0 <= result.eval_packed["accuracy"] <= 1
+    model = make_llama().bfloat16()
+    adapt(model, sparsity=0.5)
+    assert {layer.weight.dtype for layer in sparse_layers(model).values()} == {torch.bfloat16} and logits(model).dtype == torch.bfloat16
+
+
+def test_nothing_pruned_and_everything_pruned():
+    model, dense = make_llama(), make_llama()
+    adapt(model, {"max_steps": 0}, sparsity=0.0)
+    cx.set_activations(model, "exact")
+    torch.testing.assert_close(logits(model), logits(dense), rtol=0.05, atol=0.05)
+    result = adapt(model := make_llama(), {"max_steps": 2}, sparsity=1.0)
+    assert result.sparsity == 1.0 and not any(layer.decode().any() for layer in sparse_layers(model).values())
+
+
+def test_distillation_is_from_the_model_as_it_came():
+    """Nothing pruned: student and teacher agree at the first step, and no longer once trained."""
+    both = Distill(hidden={-1: 0.05}, logits=2.0)
+    result = adapt(make_llama(), sparsity=0.0, prunings=1, distill=both)
+    assert abs(result.history[0]["logits"]) < 1e-5 and result.history[0]["hidden"] < 1e-8
+    assert result.history[-1]["logits"] > 1e-4 and result.history[-1]["hidden"] > 1e-6
+    pruned = adapt(make_llama(), sparsity=0.5, prunings=1, distill=both)
+    assert pruned.history[0]["logits"] > 1e-3
+
+
+def test_the_result_carries_adapters(tmp_path):
+    model = make_llama()
+    adapt(model, sparsity=0.5)
+    plain = logits(model)
+    make_lora(tmp_path / "lora", make_llama())
+    cx.load_adapter(model, tmp_path / "lora", adapter_name="chat")
+    cx.set_adapter(model, "chat")
+    assert not torch.equal(logits(model), plain)
+    cx.disable_adapters(model)
+    assert torch.equal(logits(model), plain)
+    result = cx.adapt(model, data=TEXTS, tokenizer=make_tokenizer(), max_length=16, distill=None, adapter_name="more", args=Settings(**QUICK))
+    assert result.steps == 10
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(cx.load(tmp_path / "out")), plain)
+
+
+# -- interruptions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4, 8, 9])
+def test_resume_is_bit_identical(after, tmp_path, monkeypatch):
+    """Killed after so many steps of 2 + 2 + 6, wherever that is; then resumed, against a run without interruption."""
+    settings = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "save_total_limit": 1}
+    options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "distill": Distill(hidden={}, logits=1.0)}
+    whole = adapt(want := make_llama(), **options)
+    left, step = after, loop._step
+
+    def dies(*arguments):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(make_llama(), settings, **options)
+    monkeypatch.setattr(loop, "_step", step)
+    resumed = adapt(model := make_llama(), {**settings, "resume_from_checkpoint": True}, **options)
+    assert resumed.resumed_at == after and resumed.history == whole.history and resumed.phases == whole.phases
+    assert all(torch.equal(t, packed(want)[name]) for name, t in packed(model).items())
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["pruning-3"]
+
+
+def test_another_run_is_not_resumed(tmp_path):
+    settings = {"output_dir": str(tmp_path), "save_steps": 1}
+    adapt(make_llama(), settings, sparsity=0.5)
+    settings["resume_from_checkpoint"] = True
+    with pytest.raises(CaloraError, match="recipe changed"):
+        adapt(make_llama(), settings, sparsity=0.6)
+    with pytest.raises(CaloraError, match="model changed"):
+        adapt(make_llama(seed=1), settings, sparsity=0.5)
+    layers = tmp_path / "pruning-3" / "layers.safetensors"
+    layers.write_bytes(layers.read_bytes()[:-100])
+    with pytest.raises(CaloraError, match="damaged"):
+        adapt(make_llama(), settings, sparsity=0.5)
+    with pytest.raises(CaloraError, match="instead of a path"):
+        adapt(make_llama(), {**settings, "resume_from_checkpoint": str(tmp_path / "pruning-3")}, sparsity=0.5)
+    del settings["resume_from_checkpoint"]
+    adapt(make_llama(), settings, sparsity=0.6)  # a fresh run displaces the old one
+    assert json.loads((tmp_path / "pruning-3" / "state.json").read_text())["run"]["recipe"]["sparsity"] == 0.6
+
+
+@pytest.mark.parametrize("where", ["training", "packing"])
+def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
+    model = make_llama().train()
+    model.model.layers[0].eval()
+    before, dense = logits(model), {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    states = {name: (m.training, [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()}
+    if where == "packing":
+        real, calls = losa_run.apply, []
+
+        def fails(*arguments):
+            done = arguments[-1]
+
+            def count():
+                done()
+                calls.append(1)
+                if len(calls) == 5:
+                    raise CaloraError("no more")
+
+            return real(*arguments[:-1], count)
+
+        monkeypatch.setattr(losa_run, "apply", fails)
+    else:
+        monkeypatch.setattr(loop, "_step", lambda *arguments: {"loss": float("nan")})
+    with pytest.raises(CaloraError, match="no more" if where == "packing" else "the loss is nan"):
+        adapt(model, sparsity=0.5)
+    assert all(model.get_submodule(name) is m for name, m in dense.items()) and not any(isinstance(m, MaskedLinear) for m in model.modules())
+    assert torch.equal(logits(model), before)
+    assert states == {name: (m.training, [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()}
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 1.5}, "from 0 to 1"), ({"sparsity": -0.1}, "from 0 to 1"), ({"sparsity": "4:2"}, "2:4"),
+        ({"rank": 40}, "rank 41 is above the size of model.layers.0.self_attn.q_proj, which is 32"), ({"rank": 0}, "rank must be"),
+        ({"prunings": 0}, "prunings must be"), ({"schedule": "square"}, "choose one of cubic, linear"), ({"ranks": "svd"}, "choose one of error, uniform"),
+        ({"data": []}, "no text"), ({"data": [" "]}, "no text"), ({"data": ["a b c"]}, "calibration data has 4 tokens"),
+        ({"calibration": []}, "calibration data has 0 tokens"), ({"max_length": 1000}, "more than the 64 tokens"),
+        ({"sparsity": 0.5, "recipe": Recipe(sparsity=0.5)}, "not both"), ({"recipe": Recipe()}, "keeps every weight"),
+        ({"recipe": Recipe(sparsity=0.5, pruner="wanda"), "revive": True}, "revive=True has no meaning for pruner='wanda'"),
+        ({"recipe": Recipe(sparsity=0.5, rates={"model.layers.9": 0.5})}, "rates names 'model.layers.9'"),
+        ({"task": "translation"}, "not a task"), ({"distill": Distill(hidden={9: 1.0})}, "no hidden state 9"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(options, words):
+    model = make_llama()
+    before = logits(model)
+    with pytest.raises(CaloraError, match=words) as error:
+        adapt(model, **options)
+    assert "\n" not in str(error.value) and torch.equal(logits(model), before)
+    assert all(type(m) is nn.Linear for m in model.modules() if isinstance(m, nn.Linear))
+
+
+def test_models_that_do_not_fit(tmp_path):
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(CaloraError, match="NaN"):
+        adapt(model)
+    cx.compress(model := make_llama())
+    with pytest.raises(CaloraError, match="compressed already"):
+        adapt(model)
+    make_lora(tmp_path / "lora", make_llama())
+    cx.load_adapter(model := make_llama(), tmp_path / "lora", adapter_name="chat")
+    with pytest.raises(CaloraError, match="adapter 'chat' is loaded"):
+        adapt(model)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("losa")
+    make_llama().save_pretrained(root / "dense")
+    make_tokenizer().save_pretrained(root / "dense")
+    (root / "train.txt").write_text(text_of(800))
+    (root / "empty.txt").write_text("")
+    return root
+
+
+def calora(world, *arguments):
+    basics = ("sparse-adapt", world / "dense", "--data", world / "train.txt", "--max-length", 16, "--batch-size", 2, "--rank", 4)
+    try:
+        main([str(a) for a in (*basics, *arguments)])
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_command(world, tmp_path, capsys):
+    out = tmp_path / "sparse"
+    options = ("--sparsity", 0.6, "--steps", 6, "--weights", "int4", "--group-size", 32, "--distill", "logits", "--eval-data", world / "train.txt")
+    assert calora(world, "-o", out, *options, "--json", tmp_path / "r.json") == 0
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    assert "60.00 %" in printed and "mean rank" in printed and "held-out loss" in printed
+    assert len(result["phases"]) == 5 and len(result["history"]) == 6 and result["recipe"]["weights"] == "int4" and "logits" in result["history"][0]
+    model = cx.load(out)
+    masks = [mask_of(layer) for layer in sparse_layers(model).values()]
+    assert sum(int((~m).sum()) for m in masks) == round(0.6 * sum(m.numel() for m in masks))
+    card = (out / "README.md").read_text()
+    assert '"sparsity": 0.6' in card and "mean rank" in card and str(world) not in card and (out / "tokenizer.json").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.json", "sparse"]  # no checkpoints are left
+    assert calora(world, "-o", out, *options) == 2 and "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--sparsity", 7), "from 0 to 1"), (("--sparsity", "2:4", "--rates", "rmi"), "no meaning for sparsity='2:4'"), (("--rank", 99), "above the size"),
+     (("--data", "{}/empty.txt"), "no text"), (("--data", "{}/none.txt"), "no file"), (("--distill", "all"), "--distill is hidden"),
+     (("--pruner", "wanda", "--revive"), "revive"), (("--steps", 20, "--lr", 1e30), "after training at learning_rate 1e+30")],
+)  # fmt: skip
+def test_command_refuses(world, tmp_path, capsys, options, words):
+    arguments = [str(option).format(world) for option in options]
+    assert calora(world, "-o", tmp_path / "out", "--steps", 2, *arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("calora: ") and words in last and not (tmp_path / "out").exists()
