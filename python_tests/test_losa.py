@@ -167,7 +167,7 @@ def test_the_result_carries_adapters(tmp_path):
 # -- interruptions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 4, 8, 9])
+@pytest.mark.parametrize("after", [0, 3, 4, 9])
 def test_resume_is_bit_identical(after, tmp_path, monkeypatch):
     """Killed after so many steps of 2 + 2 + 6, wherever that is; then resumed, against a run without interruption."""
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "save_total_limit": 1}

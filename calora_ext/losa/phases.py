@@ -122,7 +122,9 @@ class Run:
         for layer in self.layers.values():
             layer.fold()
         recipe, plan = self.plan.recipe_at(pruning), self.plan
-        with progress(None, f"pruning {pruning}/{plan.prunings}", "pass") as bar:
+        measured = not isinstance(recipe.rates, dict) and rates.RULES[recipe.rates].measure is not None
+        total = (1 + measured) * len(self.blocks) + len(self.batches)
+        with progress(None, f"pruning {pruning}/{plan.prunings}", "pass", total) as bar:
             zeros = {} if plan.revive else {name: int((~layer.mask).sum()) for name, layer in self.layers.items()}
             formats = dict.fromkeys(self.layers, WeightFormat(recipe.weights, recipe.group_size, pattern="unstructured"))
             targets = rates.targets(self.model, formats, recipe, self.batches, zeros, lambda: bar.update())
