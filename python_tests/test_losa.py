@@ -7,6 +7,7 @@ import torch
 from _tiny import gpt2
 from adapt_helpers import make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
 from torch import nn
+from transformers import TrainingArguments
 
 import calora_ext as cx
 from calora_ext import CaloraError, CompressedLinear, Recipe
@@ -146,6 +147,19 @@ def test_distillation_is_from_the_model_as_it_came():
     assert result.history[-1]["logits"] > 1e-4 and result.history[-1]["hidden"] > 1e-6
     pruned = adapt(make_llama(), sparsity=0.5, prunings=1, distill=both)
     assert pruned.history[0]["logits"] > 1e-3
+
+
+def test_ways_to_train_that_change_nothing(tmp_path):
+    """Activations formed again, a batch in two halves, settings of transformers: the same losses."""
+    options = {"sparsity": 0.5, "prunings": 2, "distill": Distill(hidden={-1: 1.0}, logits=1.0)}
+    want = adapt(make_llama(), {"per_device_train_batch_size": 4}, **options).losses
+    for settings in ({"gradient_checkpointing": True, "per_device_train_batch_size": 4}, {"gradient_accumulation_steps": 2}):
+        assert adapt(make_llama(), settings, **options).losses == pytest.approx(want, rel=1e-4)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=10, per_device_train_batch_size=4, learning_rate=1e-2, lr_scheduler_type="cosine", warmup_steps=0.05, save_strategy="no"
+    )
+    theirs = cx.sparse_adapt(make_llama(), data=TEXTS, tokenizer=make_tokenizer(), max_length=16, rank=4, args=arguments, **options)
+    assert theirs.losses == pytest.approx(want, rel=1e-4) and not list(tmp_path.iterdir())
 
 
 def test_the_result_carries_adapters(tmp_path):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..adaptation import Distill, Settings
 from ..adaptation.loop import derived_seed, train
 from ..adaptation.objective import Objective, Targets
+from ..adaptation.run import checkpointed
 from ..adaptation.teacher import LiveTeacher
 from ..compression import rates
 from ..errors import CaloraError
-from ..formats import WeightFormat
 from ..io.batches import Batch, Sample
 from ..policy import features
 from ..progress import progress
@@ -97,8 +97,8 @@ class Run:
         if self.settings.resume_from_checkpoint not in (None, False, True, "true", "True"):
             raise CaloraError("sparse_adapt goes on in output_dir; give resume_from_checkpoint=True instead of a path")
 
-    def train(self, samples: list[Sample], around: Callable[[], AbstractContextManager]) -> None:
-        """Every pruning and every step, from wherever an earlier run was interrupted. around: a context for the steps."""
+    def train(self, samples: list[Sample]) -> None:
+        """Every pruning and every step, from wherever an earlier run was interrupted."""
         resuming = self.settings.resume_from_checkpoint and self.settings.output_dir
         resumed = state.restore(Path(self.settings.output_dir), self.facts, self.layers) if resuming else None
         if resumed:
@@ -112,7 +112,7 @@ class Run:
                     trained = f", after training at learning_rate {self.settings.learning_rate:g}" if self.history else ""
                     raise CaloraError(f"pruning {pruning} of {self.plan.prunings}{trained}: {error}") from None
             self._adapt(self.phases[-1])
-            with around():
+            with checkpointed(self.model, self.settings):
                 began_at = self._steps(self.phases[-1], samples, bool(resumed) and pruning == first)
             if resumed and pruning == first:
                 self.resumed_at = began_at
@@ -126,7 +126,7 @@ class Run:
         total = (1 + measured) * len(self.blocks) + len(self.batches)
         with progress(None, f"pruning {pruning}/{plan.prunings}", "pass", total) as bar:
             zeros = {} if plan.revive else {name: int((~layer.mask).sum()) for name, layer in self.layers.items()}
-            formats = dict.fromkeys(self.layers, WeightFormat(recipe.weights, recipe.group_size, pattern="unstructured"))
+            formats = dict.fromkeys(self.layers, plan.recipe.format())
             targets = rates.targets(self.model, formats, recipe, self.batches, zeros, lambda: bar.update())
             prune_layers(self.model, self.layers, self.blocks, self.batches, recipe.pruner, targets, plan.revive, lambda: bar.update())
             errors = reconstruction.errors(self.model, self.layers, list(self.blocks), self.batches, lambda: bar.update())
@@ -195,7 +195,7 @@ class _DenseTeacher:
 
 
 @contextmanager
-def _training(model: nn.Module):
+def _training(model: nn.Module) -> Iterator[None]:
     """The model in train mode; afterwards each module as it was."""
     modes = {module: module.training for module in model.modules()}
     model.train()

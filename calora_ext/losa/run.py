@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adaptation import Distill, Settings
 from ..adaptation.loop import DataOrder
-from ..adaptation.run import NOT_OF_THE_RUN, checkpointed, evaluate, peak_rss, samples_of, training_length
+from ..adaptation.run import NOT_OF_THE_RUN, evaluate, peak_rss, samples_of, training_length
 from ..adaptation.teacher import fingerprint, frozen
 from ..adapters import list_adapters
 from ..compression.apply import apply
@@ -99,7 +99,7 @@ def sparse_adapt(
     with _restoring(model, coverage):
         with frozen(model):
             run = Run(model, _attach(model, names), blocks, batches, chosen, settings, task, distill, pad_id, facts)
-            run.train(samples, lambda: checkpointed(model, settings))
+            run.train(samples)
             merged = evaluate(model, held_out, task, pad_id, settings)
         outcome = _pack(model, coverage, recipe, run.layers, batches)
     declare(model, recipe, coverage)
