@@ -18,10 +18,11 @@ from torch.nn.functional import linear
 
 from . import ops
 from .errors import CaloraError
-from .formats import WeightFormat
 from .measure import copies_for, interleaved
+from .recipe import Recipe
 
-FORMATS = (WeightFormat("int4", 128), WeightFormat("int4", 64), WeightFormat("int8"), WeightFormat("bf16"))
+DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("int8", {}), ("bf16", {})))
+SPARSE = tuple(Recipe(weights=w, sparsity=s) for w, s in (("int4", "2:4"), ("int4", 0.5), ("int4", 0.7), ("int8", 0.7)))
 Forward = Callable[..., Tensor]  # (x) or, where the LoRA is fused, (x, down, up) -> y
 
 
@@ -58,16 +59,16 @@ def compare(
     out_features: int,
     rows: int = 1,
     rank: int = 16,
-    formats: Sequence[WeightFormat] = FORMATS,
+    recipes: Sequence[Recipe] = DENSE + SPARSE,
     others: Sequence[str] | None = None,
     seconds: float = 0.5,
 ) -> list[Row]:
-    """Time ``formats`` on the current rung against ``others`` (names of :func:`installed`, default all).
+    """Time layers compressed by ``recipes`` on the current rung against ``others`` (names of :func:`installed`, default all).
 
     rows: of x, 1 for decoding. rank: of the LoRA; 0 times the layer without one only. seconds: per peer.
     """
     weight = torch.randn(out_features, in_features) / in_features**0.5
-    peers = {f"calora {fmt}": _calora(fmt, weight) for fmt in formats}
+    peers = {f"calora {name_of(recipe)}": _calora(recipe, weight) for recipe in recipes}
     there = installed(in_features, out_features)
     peers |= {name: there[name](weight) for name in (there if others is None else others)}
     calls = {}
@@ -121,9 +122,16 @@ def _with_lora(fused: bool, forward: Forward, x: Tensor, down: Tensor, up: Tenso
     return forward(x, down, up) if fused else forward(x) + linear(linear(x, down), up)
 
 
-def _calora(fmt: WeightFormat, weight: Tensor) -> Peer:
+def name_of(recipe: Recipe) -> str:
+    share = f" {100 * recipe.sparsity:.0f} %" if isinstance(recipe.sparsity, float) else ""
+    return f"{recipe.format()}{share}"
+
+
+def _calora(recipe: Recipe, weight: Tensor) -> Peer:
     out_features, in_features = weight.shape
-    packed = list(fmt.pack(weight).values())
+    recipe = recipe.resolve(calibrated=False)
+    fmt = recipe.format()
+    packed = list(fmt.pack(weight, recipe.mask(weight)).values())
 
     def copy() -> Forward:
         own = [t.clone() for t in packed]
@@ -134,7 +142,7 @@ def _calora(fmt: WeightFormat, weight: Tensor) -> Peer:
 
         return forward
 
-    return Peer(torch.bfloat16, fmt.nbytes(in_features, out_features), copy, fused=True)
+    return Peer(torch.bfloat16, sum(t.nbytes for t in packed), copy, fused=True)
 
 
 def _torch(dtype: torch.dtype, weight: Tensor) -> Peer:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CaloraError
+from ..progress import progress
 from .common import Json, emit
 
 LARGEST = 131072  # what the operators take
@@ -32,13 +33,15 @@ def bench(
     from .. import ops
 
     chosen = [None] if isa is None else ops.native.available() if isa == "all" else isa.split(",")
-    timings = []
-    for out_features, in_features in _shapes(model, shapes):
-        others = None  # the peers do not depend on the rung: timed once, beside the first
-        for name in chosen:
-            with timing.rung(name):
-                timings += timing.compare(in_features, out_features, rows, rank, others=others, seconds=seconds)
-            others = ()
+    timings, sizes = [], _shapes(model, shapes)
+    with progress(None, "Timing", "layer", len(sizes) * len(chosen)) as bar:
+        for out_features, in_features in sizes:
+            others = None  # the peers do not depend on the rung: timed once, beside the first
+            for name in chosen:
+                with timing.rung(name):
+                    timings += timing.compare(in_features, out_features, rows, rank, others=others, seconds=seconds)
+                others = ()
+                bar.update()
     table = [
         (f"{t.out_features}x{t.in_features}", t.peer + (f" ({t.isa})" if t.isa else ""), t.rows, t.rank or "", f"{t.seconds * 1e6:,.1f}",
          f"{t.nbytes / t.seconds / 1e9:.1f}")

@@ -15,7 +15,6 @@ from ..adaptation import Lora, Recovery, Settings, adapt
 from ..adapters import delete_adapter, disable_adapters, load_adapter, save_adapter, set_adapter
 from ..errors import CaloraError
 from ..evaluate import perplexity
-from ..formats import WeightFormat
 from ..integrations.directories import open_tokenizer, quiet_loading
 from ..integrations.generation import generate
 from ..integrations.models import compress, load, set_activations
@@ -184,9 +183,9 @@ class _Story:
         return samples
 
     def _kernels(self) -> list[dict]:
-        formats = [WeightFormat("int4", 64), WeightFormat("int4", 128)]
+        recipes = [Recipe(weights="int4", group_size=128), Recipe(weights="int4", sparsity="2:4"), Recipe(weights="int4", sparsity=0.7)]
         others = [name for name in bench.installed(*LAYER) if name in ("torch fp32", "torch bf16", "torch int4 g128")]
-        rows = bench.compare(*LAYER, rows=1, rank=16, formats=formats, others=others, seconds=self.plan.bench_seconds)
+        rows = bench.compare(*LAYER, rows=1, rank=16, recipes=recipes, others=others, seconds=self.plan.bench_seconds)
         return [row.to_dict() for row in rows]
 
     # -- measuring ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import CaloraError
 from ..formats import WeightFormat, extent_of
 from ..formats.layout import TILE_ALIGN
+from ..progress import progress
 from .files import json_writer, read_json, write_together
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -270,10 +271,13 @@ def align(path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and BLAKE2b of a file."""
-    with open(path, "rb") as file:
-        blake2 = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES))
+def digest(path: Path, done: Callable[[int], Any] = lambda read: None) -> dict[str, Any]:
+    """Size in bytes and BLAKE2b of a file. done: told how many bytes more were read."""
+    blake2 = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            blake2.update(chunk)
+            done(len(chunk))
     return {"size": path.stat().st_size, "blake2b": blake2.hexdigest()}
 
 
@@ -313,10 +317,11 @@ def verify(directory: str | os.PathLike) -> dict[str, str]:
     recorded = check_recorded(quantization.get("files") if isinstance(quantization, dict) else None)
     if not recorded:
         raise CaloraError(f"{directory / CONFIG} records no hashes; only models saved by calora_ext can be verified")
-    return {name: state for name, state in _verify(directory, recorded)}
+    with progress(None, "Verifying", "B", sum(entry["size"] for entry in recorded.values()), unit_scale=True) as bar:
+        return {name: state for name, state in _verify(directory, recorded, bar.update)}
 
 
-def _verify(directory: Path, recorded: dict[str, dict]) -> Iterator[tuple[str, str]]:
+def _verify(directory: Path, recorded: dict[str, dict], done: Callable[[int], Any]) -> Iterator[tuple[str, str]]:
     for name, entry in recorded.items():
         path = directory / name
         if not path.is_file():
@@ -324,7 +329,7 @@ def _verify(directory: Path, recorded: dict[str, dict]) -> Iterator[tuple[str, s
         elif path.stat().st_size != entry["size"]:
             yield name, "size differs"
         else:
-            yield name, "ok" if digest(path) == entry else "content differs"
+            yield name, "ok" if digest(path, done) == entry else "content differs"
 
 
 def check_recorded(files: Any) -> dict[str, dict]:
