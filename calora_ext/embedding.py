@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from . import ops
 from .errors import CaloraError
 from .formats import WeightFormat, cuda_order
-from .formats.layout import TILE_ROWS, ZERO_BYTES
-from .formats.values import VALUES
+from .formats.layout import BITS, SCALE_DTYPE, TILE_ROWS, ZERO_BYTES, unpad_outer_scales
+from .formats.nf4 import NF4
+from .formats.values import dequantize
 from .linear import CompressedLinear, DecodedView, refuse_write
 from .packed import PackedModule
 
@@ -22,22 +23,24 @@ def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_f
     """
     g = fmt.geometry(in_features, out_features)
     if cuda_order.in_cuda_order("packed", packed["packed"]):
-        return VALUES[fmt.values].dequantize(*cuda_order.gather(packed, rows, fmt, in_features, out_features)).flatten(1)[:, :in_features]
+        return dequantize(fmt.values, *cuda_order.gather(packed, rows, fmt, in_features, out_features)).flatten(1)[:, :in_features]
     tile, row = rows // TILE_ROWS, rows % TILE_ROWS
-    data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
+    data = g.as_blocks(packed["packed"])
     codes = data[..., : g.code_bytes].unflatten(-1, (-1, TILE_ROWS, 4))[tile, :, :, row]  # (n, blocks, steps, 4)
-    if fmt.values == "int4":
+    if BITS[fmt.values] == 4:
         codes = torch.cat((codes & 15, codes >> 4), dim=-1)
     elif fmt.values == "bf16":
         codes = codes.contiguous().view(torch.bfloat16)
     scale = zero = None
     if g.block_bytes > g.code_bytes:
-        scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, 2))[tile, :, row]
-        scale = scale.contiguous().view(torch.float16).squeeze(-1)  # (n, blocks)
+        scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, -1))[tile, :, row]
+        scale = scale.contiguous().view(SCALE_DTYPE[fmt.values]).squeeze(-1)  # (n, blocks)
+    if "outer_scales" in packed:
+        scale = NF4.scales(scale, unpad_outer_scales(packed["outer_scales"], g)[tile])
     if "zeros" in packed:
         nibbles = packed["zeros"][: g.tiles * g.blocks * ZERO_BYTES].view(g.tiles, g.blocks, ZERO_BYTES)
         zero = (nibbles[tile, :, row % ZERO_BYTES] >> (row // ZERO_BYTES * 4).to(torch.uint8).unsqueeze(-1)) & 15
-    dense = VALUES[fmt.values].dequantize(codes.flatten(2), scale, zero)
+    dense = dequantize(fmt.values, codes.flatten(2), scale, zero)
     return dense.flatten(1)[:, :in_features]
 
 
@@ -124,6 +127,10 @@ class _ReadsAnother:
     @property
     def zeros(self) -> Tensor:
         return self._source[0].zeros
+
+    @property
+    def outer_scales(self) -> Tensor:
+        return self._source[0].outer_scales
 
     def packed_tensors(self) -> dict[str, Tensor]:
         return self._source[0].packed_tensors()

@@ -24,8 +24,9 @@ ACTIVATIONS = ("int8", "exact")
 class Recipe:
     """How a model is compressed. Raises :class:`CaloraError` for a value, or a combination, without meaning.
 
-    weights: how a kept weight is stored: ``"int4"``, ``"int8"`` (one scale per row) or ``"bf16"``.
-    group_size: columns that share an int4 scale, a multiple of 32, or -1 for one scale per row; default 64, sparse 128.
+    weights: how a kept weight is stored: ``"int4"``, ``"nf4"`` (the QLoRA code book), ``"int8"`` (one scale per row)
+    or ``"bf16"``.
+    group_size: columns that share an int4 or nf4 scale, a multiple of 32, or -1 for one scale per row; default 64, sparse 128.
     symmetric: False stores a zero point per int4 group of a dense weight.
     rounding: ``"rtn"`` (to nearest) or ``"gptq"`` (Frantar et al. 2022, needs calibration data), which also lets the kept
     weights of a sparse layer make up for the pruned ones; default gptq when calibration data is given, rtn otherwise.
@@ -105,8 +106,6 @@ class Recipe:
     def _check_weights(self, field: str, name: Any) -> None:
         if name is None and field != "weights":
             return
-        if name == "nf4":
-            raise CaloraError(f"{field}='nf4' is not in this version; use 'int4'")
         _choose(field, name, tuple(sorted(VALUES)))
 
     def _settle_group_size(self) -> None:
@@ -160,7 +159,8 @@ class Recipe:
             return None
         if not VALUES[values].grouped:
             return WeightFormat(values)
-        return WeightFormat(values, self.group_size if VALUES[self.weights].grouped else DEFAULT_GROUP, self.symmetric)
+        symmetric = self.symmetric or not VALUES[values].zero_points
+        return WeightFormat(values, self.group_size if VALUES[self.weights].grouped else DEFAULT_GROUP, symmetric)
 
     @property
     def density(self) -> float:

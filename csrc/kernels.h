@@ -48,6 +48,13 @@ struct Weight {
   const uint8_t* kept = nullptr;     // of an unstructured weight, see layouts.h; the last chunk may start at kept_limit
   const uint8_t* offsets = nullptr;
   int64_t kept_limit = 0;
+  const uint8_t* outer_scales = nullptr;  // of nf4: geometry(...).outer_scales_bytes()
+
+  float outer_scale(int64_t tile) const {
+    float scale;
+    __builtin_memcpy(&scale, outer_scales + 4 * tile, sizeof scale);
+    return scale;
+  }
 
   // The kept codes of chunk c of a tile. A damaged offset gives other codes, never an address outside.
   const uint8_t* chunk(int64_t tile, int64_t c) const {

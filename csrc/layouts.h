@@ -19,6 +19,17 @@
 //   block (int8, always every column): K/4 steps of 128 bytes, byte 4 r + b = 128 + code of (row r, column 4 s + b),
 //     code in [-127, 127]; then 32 fp16 scales. Stored with the offset so that it is the unsigned side of vpdpbusd.
 //
+//   block (nf4): the steps of int4, then 32 scale codes, one byte a row. Blocks are multiples of 32 bytes, a tile is padded to 64.
+//        +----------------+----------------+-- ... --+----------------+----------+
+//        | step 0: 128 B  | step 1         |         | step G/8 - 1   | 32 bytes |    G = 64: 1056 bytes, 4.125 bits a weight
+//        +----------------+----------------+-- ... --+----------------+----------+
+//     weight = book[code] * scale,  scale = outer[tile] * s[row];  book[7] = 0
+//        s of scale code c: the fp16 number with the bits c << 5, that is 3 bits of exponent, 5 of mantissa:
+//        15 14 13 | 12 11 10 | 9 8 7 6 5 | 4 3 2 1 0
+//         0  0  0 | exponent | mantissa  | 0 0 0 0 0      0 for c = 0, steps of 2^-19 up to c = 63, 63 / 8192 for c = 255
+//        outer: the tensor `outer_scales`, an fp32 per tile (1 / 32 byte a row), padded to 64 bytes at the end
+//     Why a float of 8 bits and not 8 bits of a whole: rows of a tile differ, and it is one shift and the fp16 conversion.
+//
 //   block (bf16, always every column): K/2 steps of 128 bytes, 16-bit lane 2 r + b = (row r, column 2 s + b). No scales.
 //
 // A sparse pattern replaces the steps of a block and leaves scales, tiles and padding as they are.
@@ -26,7 +37,7 @@
 //   2:4: of every 4 columns (a group) at most 2 are kept. A block is turns of 32 columns (8 groups), a turn is the kept values
 //     (kept e = 0, 1 of group q of a row is element 2 q + e = 4 i + j of 16) and their places:
 //
-//     int4   2 lines of 128 bytes: byte 4 r + j of line l:  low nibble = element 8 l + j, high nibble = element 8 l + 4 + j
+//     int4, nf4: 2 lines of 128 bytes: byte 4 r + j of line l:  low nibble = element 8 l + j, high nibble = element 8 l + 4 + j
 //     int8   4 lines of 128 bytes: byte 4 r + j of line l = element 4 l + j
 //     bf16   8 lines of 128 bytes: 16-bit lane 2 r + e of line q = kept e of group q
 //     then 1 line of places: byte 4 r + j, bits 2 i and 2 i + 1 = place of element 4 i + j within its group
@@ -34,17 +45,17 @@
 //        | columns 0..       |         | ..31              | places            |   int4 384, int8 640, bf16 1152 bytes
 //        +-------------------+-- ... --+-------------------+-------------------+
 //
-//     int4 and int8 are two's complement: value = scale * element. The places p0, p1 of a group also say how many are kept:
+//     int4 and int8 are two's complement: value = scale * element; nf4 is as int4, of code ^ 7. The places p0, p1 of a group also say how many are kept:
 //     p0 < p1 both, p0 == p1 the first, p0 > p1 none; an element that is not kept is 0. No 2-bit place leads outside its group.
 //     Why places and not a mask of equal size: one byte shuffle by the places picks the activations that meet the kept
 //     weights, which then need no expanding; why 8 columns share a 32-bit lane: a broadcast of 8 int8 activations is one load.
 //
 //   unstructured (bitmask): a block holds a bit per weight, then its scales; what is kept lies in two tensors of its own.
 //     A chunk is 32 columns of a tile. Bits of a chunk, 128 bytes, in the order in which registers take codes:
-//       int4, int8: bit 128 s + 4 r + b = (row r, column 4 s + b)      bf16: bit 64 s + 2 r + b = (row r, column 2 s + b)
+//       all but bf16: bit 128 s + 4 r + b = (row r, column 4 s + b)    bf16: bit 64 s + 2 r + b = (row r, column 2 s + b)
 //     kept:  chunk 0 | chunk 1 | ... (of tile 0, then tile 1 ...), each padded to a multiple of 8 bytes, then a tail
 //       int8, bf16: the dense code of each bit that is set, one after the other
-//       int4: byte i: low nibble = the i-th set bit of the even steps s, high nibble = the i-th of the odd steps
+//       int4, nf4: byte i: low nibble = the i-th set bit of the even steps s, high nibble = the i-th of the odd steps
 //     offsets: 4 bytes a chunk: where it starts in kept, in units of 8 bytes; padded to 64 at the end
 //        bits    +--------+--------+--------+   128 bytes each          kept   +----+------+---+-----+------+-- ... --+
 //                | 0      | 1      | 2      |                                  | 0  | 1    | 2 | ... |      | tail    |
@@ -55,7 +66,7 @@
 //
 // Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
 // one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
-// Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
+// Every block but nf4's is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
 #pragma once
 #include <cstdint>
 
@@ -69,10 +80,32 @@ constexpr int64_t kScaleBytes = 2 * kTileRows;  // fp16 scales that end a quanti
 constexpr int64_t kZeroBytes = kTileRows / 2;   // zero points of a block, two nibbles a byte
 constexpr int kInt4Zero = 8;
 constexpr int kInt8Zero = 128;
+constexpr int kNf4Zero = 7;
+
+// NF4 (Dettmers et al., arXiv 2305.14314), the book of bitsandbytes. Against int8 activations its values are whole multiples of
+// 1 / kNf4Parts: of all divisors up to 127 the one that moves normal weights least, by 4.8e-3 of their norm.
+constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+                            -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+                            0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+                            0.7229568362236023f, 1.0f};
+constexpr int kNf4Parts = 124;
+constexpr int nf4_part(int code) {
+  const float v = kNf4[code] * kNf4Parts;
+  return static_cast<int>(v < 0 ? v - 0.5f : v + 0.5f);
+}
+static_assert(kNf4[kNf4Zero] == 0 && nf4_part(0) == -kNf4Parts && nf4_part(10) == 31 && nf4_part(15) == kNf4Parts);
+constexpr int kScaleShift = 5;  // a scale code of nf4, shifted by this, is an fp16 number
 
 // A format is a pair; its number is 16 * pattern + values (calora_ext/formats/layout.py holds the same table).
 enum class Pattern : int { dense = 0, two_four = 1, bitmask = 2 };
-enum class Values : int { bf16 = 0, int8 = 1, int4 = 2 };
+enum class Values : int { bf16 = 0, int8 = 1, int4 = 2, nf4 = 3 };
+
+constexpr bool has_groups(Values v) { return v == Values::int4 || v == Values::nf4; }  // and codes of 4 bits
+constexpr bool has_scales(Values v) { return v != Values::bf16; }
+// What a weight of 0 is stored as, where no zero point is.
+constexpr int zero_code(Values v) { return v == Values::int4 ? kInt4Zero : v == Values::nf4 ? kNf4Zero : v == Values::int8 ? kInt8Zero : 0; }
+// Bytes that end a block.
+constexpr int64_t scale_bytes(Values v) { return v == Values::nf4 ? kTileRows : has_scales(v) ? kScaleBytes : 0; }
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -94,13 +127,13 @@ constexpr int64_t code_bytes(Pattern p, Values v, int64_t columns) {
   if (p == Pattern::two_four) return columns / kTurnColumns * turn_bytes(v);
   return p == Pattern::bitmask ? columns / kTurnColumns * kMaskBytes : code_bytes(v, columns);
 }
-constexpr bool has_scales(Values v) { return v != Values::bf16; }
 
 // Where everything of one packed weight lies. group_size: columns that share a scale, or -1 for all of them.
 struct Geometry {
   int64_t tiles, columns, block_columns, blocks, block_bytes, tile_bytes;
   constexpr int64_t bytes() const { return tiles * tile_bytes; }
   constexpr int64_t zeros_bytes() const { return round_up(tiles * blocks * kZeroBytes, kTileAlign); }
+  constexpr int64_t outer_scales_bytes() const { return round_up(tiles * 4, kTileAlign); }  // of nf4
   constexpr int64_t chunks() const { return columns / kTurnColumns; }  // of a tile
   constexpr int64_t offsets_bytes() const { return round_up(tiles * chunks() * 4, kTileAlign); }
 };
@@ -111,8 +144,8 @@ constexpr Geometry geometry(Pattern p, Values v, int64_t in_features, int64_t ou
   g.columns = round_up(in_features, group_size > 0 ? group_size : kColumnAlign);
   g.block_columns = group_size > 0 ? group_size : g.columns;
   g.blocks = g.block_columns ? g.columns / g.block_columns : 0;
-  g.block_bytes = code_bytes(p, v, g.block_columns) + (has_scales(v) ? kScaleBytes : 0);
-  g.tile_bytes = g.blocks * g.block_bytes;
+  g.block_bytes = code_bytes(p, v, g.block_columns) + scale_bytes(v);
+  g.tile_bytes = round_up(g.blocks * g.block_bytes, kTileAlign);
   return g;
 }
 
@@ -122,6 +155,8 @@ constexpr int64_t milli_bits(Pattern p, Values v, int64_t group) {  // of a weig
   return geometry(p, v, 4096, 4096, group).bytes() * 8000 / (4096 * 4096);
 }
 static_assert(milli_bits(Pattern::dense, Values::int4, 128) == 4125 && milli_bits(Pattern::dense, Values::int4, 64) == 4250);
+static_assert(milli_bits(Pattern::dense, Values::nf4, 64) == 4125 && geometry(Pattern::dense, Values::nf4, 4096, 4096, 64).outer_scales_bytes() == 512);
+static_assert(geometry(Pattern::dense, Values::nf4, 192, 32, 64).block_bytes == 1056 && geometry(Pattern::dense, Values::nf4, 192, 32, 64).tile_bytes == 3200);
 static_assert(milli_bits(Pattern::two_four, Values::int4, 128) == 3125 && milli_bits(Pattern::two_four, Values::int4, 64) == 3250);
 static_assert(milli_bits(Pattern::two_four, Values::int8, -1) == 5003 && milli_bits(Pattern::two_four, Values::bf16, -1) == 9000);
 static_assert(milli_bits(Pattern::bitmask, Values::int4, 128) == 1125 && milli_bits(Pattern::bitmask, Values::bf16, -1) == 1000);

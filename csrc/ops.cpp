@@ -39,20 +39,22 @@ DType dtype_of(const Tensor& t, const char* what) {
 
 Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features,
                  int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::bitmask) && format % 16 <= static_cast<int>(Values::int4),
-                  "calora: unknown weight format ", format, "; this build knows bf16, int8 and int4, each dense, 2:4 or unstructured");
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::bitmask) && format % 16 <= static_cast<int>(Values::nf4),
+                  "calora: unknown weight format ", format, "; this build knows bf16, int8, int4 and nf4, each dense, 2:4 or unstructured");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
                   "calora: unsupported layer size ", out_features, " x ", in_features);
-  STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
+  STD_TORCH_CHECK(group_size == -1 || (has_groups(values) && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
-                  "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
+                  "calora: group_size must be -1 or, for int4 and nf4, a multiple of ", kColumnAlign, "; got ", group_size);
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
-  const bool zeros = packed.size() == 2, bitmask = pattern == Pattern::bitmask;
-  STD_TORCH_CHECK(packed.size() == (bitmask ? 3 : 1) || (zeros && values == Values::int4 && pattern == Pattern::dense),
-                  "calora: expected the packed weight (for dense int4 optionally its zero points, for unstructured weights offsets "
-                  "and kept codes), got ", packed.size(), " tensors");
+  const bool bitmask = pattern == Pattern::bitmask, nf4 = values == Values::nf4;
+  const bool zeros = packed.size() == 2 && values == Values::int4 && pattern == Pattern::dense;
+  const std::size_t outer = nf4 ? 1 : 0, offsets = 1 + outer, kept = 2 + outer;  // where they are in `packed`
+  STD_TORCH_CHECK(zeros || packed.size() == (bitmask ? kept + 1 : offsets),
+                  "calora: expected the packed weight (for nf4 also its outer scales, for dense int4 optionally its zero points, for "
+                  "unstructured weights offsets and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_cpu() && t.is_contiguous(),
                     "calora: packed tensors must be contiguous uint8 CPU tensors");
@@ -60,20 +62,23 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
                   " x ", in_features, " layer of this format needs ", g.bytes());
   STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ",
                   zeros ? packed[1].numel() : 0, " bytes, expected ", g.zeros_bytes());
-  STD_TORCH_CHECK(!bitmask || packed[1].numel() == g.offsets_bytes(), "calora: the offsets have ", bitmask ? packed[1].numel() : 0,
-                  " bytes, expected ", g.offsets_bytes());
-  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[2].numel()) >= 0, "calora: the kept codes have ",
-                  bitmask ? packed[2].numel() : 0, " bytes, too few for their tail");
+  STD_TORCH_CHECK(!nf4 || packed[outer].numel() == g.outer_scales_bytes(), "calora: the outer scales have ", packed[outer].numel(),
+                  " bytes, expected ", g.outer_scales_bytes());
+  STD_TORCH_CHECK(!bitmask || packed[offsets].numel() == g.offsets_bytes(), "calora: the offsets have ",
+                  bitmask ? packed[offsets].numel() : 0, " bytes, expected ", g.offsets_bytes());
+  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[kept].numel()) >= 0, "calora: the kept codes have ",
+                  bitmask ? packed[kept].numel() : 0, " bytes, too few for their tail");
   // A file without the 64-byte alignment is loaded by copying; a misaligned pointer never reaches a kernel.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed[0].data_ptr()) % kTileAlign == 0,
                   "calora: the packed weight is not 64-byte aligned; .clone() it");
   Weight w{static_cast<const uint8_t*>(packed[0].data_ptr()),
            zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, pattern, values, in_features, out_features, g};
   if (bitmask) {
-    w.offsets = static_cast<const uint8_t*>(packed[1].data_ptr());
-    w.kept = static_cast<const uint8_t*>(packed[2].data_ptr());
-    w.kept_limit = kept_limit(values, packed[2].numel());
+    w.offsets = static_cast<const uint8_t*>(packed[offsets].data_ptr());
+    w.kept = static_cast<const uint8_t*>(packed[kept].data_ptr());
+    w.kept_limit = kept_limit(values, packed[kept].numel());
   }
+  if (nf4) w.outer_scales = static_cast<const uint8_t*>(packed[outer].data_ptr());
   return w;
 }
 

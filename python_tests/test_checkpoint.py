@@ -324,10 +324,14 @@ def mutate_header(rng, directory):
 def damage_scales(rng, directory):
     path = directory / "model.safetensors"
     data = bytearray(path.read_bytes())
-    packed = [t for t in checkpoint.read_header(path).tensors.values() if t.dtype == "U8"]
-    t = rng.choice(packed)
-    at = t.end - 2 * rng.randrange(1, 33)  # one of the 32 scales that end the last block
-    data[at : at + 2] = rng.choice([b"\x00\x7c", b"\x00\xfc", b"\x01\x7e", b"\xff\xff"])
+    packed = {name: t for name, t in checkpoint.read_header(path).tensors.items() if t.dtype == "U8"}
+    name = rng.choice([name for name in packed if name.endswith("outer_scales")] or list(packed))
+    t = packed[name]
+    if name.endswith("outer_scales"):  # fp32, that of the first tile
+        data[t.begin : t.begin + 4] = rng.choice([b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x01\x00\xc0\x7f"])
+    else:
+        at = t.end - 2 * rng.randrange(1, 33)  # one of the 32 scales that end the last block
+        data[at : at + 2] = rng.choice([b"\x00\x7c", b"\x00\xfc", b"\x01\x7e", b"\xff\xff"])
     path.write_bytes(data)
 
 
@@ -347,7 +351,8 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("recipe", "mutations"), [(cx.Recipe(), 330), (cx.Recipe(sparsity="2:4"), 110), (cx.Recipe(sparsity=0.6), 110)], ids=["dense", "2:4", "0.6"])
+@pytest.mark.parametrize(("recipe", "mutations"), [(cx.Recipe(), 330), (cx.Recipe(sparsity="2:4"), 110), (cx.Recipe(sparsity=0.6), 110), (cx.Recipe(weights="nf4"), 110)],
+                         ids=["dense", "2:4", "0.6", "nf4"])  # fmt: skip
 def test_mutated_directories_end_in_one_sentence_or_in_valid_data(recipe, mutations, tmp_path):
     """CaloraError in one sentence, or a model whose weights are all there and finite, and that runs."""
     saved = tmp_path / "saved"

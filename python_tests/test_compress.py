@@ -181,7 +181,7 @@ def test_one_layer_by_recipe():
         cx.CompressedLinear.from_linear(linear, cx.Recipe(rounding="gptq"))
 
 
-@pytest.mark.parametrize("fmt", [cx.WeightFormat("int4", 64), cx.WeightFormat("int4", 64, False), cx.WeightFormat("int8"), cx.WeightFormat("bf16")], ids=str)
+@pytest.mark.parametrize("fmt", [cx.WeightFormat("int4", 64), cx.WeightFormat("int4", 64, False), cx.WeightFormat("int8"), cx.WeightFormat("bf16"), cx.WeightFormat("nf4", 64)], ids=str)
 def test_rounding_in_pieces_changes_nothing(fmt, monkeypatch):
     weight = torch.randn(100, 150)
     whole = fmt.pack(weight)

@@ -93,8 +93,9 @@ def test_a_format_without_cuda_kernels_is_refused():
     class Sparse:
         id = 16
 
-    with pytest.raises(CaloraError, match="no CUDA kernels"):
-        cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), Sparse(), 32, 32)
+    for fmt in (Sparse(), WeightFormat("nf4", 64)):
+        with pytest.raises(CaloraError, match="no CUDA kernels"):
+            cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), fmt, 32, 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

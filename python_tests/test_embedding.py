@@ -12,6 +12,7 @@ from calora_ext.embedding import TiedEmbedding, TiedLinear
 
 FORMATS = [
     WeightFormat("int4", 64), WeightFormat("int4", -1), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
+    WeightFormat("nf4", 64), WeightFormat("nf4", -1),
 ]  # fmt: skip
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 

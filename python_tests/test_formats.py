@@ -35,9 +35,12 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
     if fmt.values == "bf16":
         q = Quantized(torch.randn(shape).bfloat16())
     else:
-        top = 16 if fmt.values == "int4" else 256
+        top = 256 if fmt.values == "int8" else 16
         zero = None if fmt.symmetric else torch.randint(0, 16, (out, blocks), dtype=torch.uint8)
-        q = Quantized(torch.randint(0, top, shape, dtype=torch.uint8), torch.rand(out, blocks).half(), zero)
+        scale, outer = torch.rand(out, blocks).half(), None
+        if fmt.values == "nf4":
+            scale, outer = torch.randint(0, 256, (out, blocks), dtype=torch.uint8), torch.rand(-(-out // 32))
+        q = Quantized(torch.randint(0, top, shape, dtype=torch.uint8), scale, zero, None, outer)
     if fmt.sparse:  # what is not kept holds the code of 0
         mask = mask_for(fmt, shape)
         q = replace(q, codes=torch.where(mask, q.codes, VALUES[fmt.values].padding(None)), mask=mask)
@@ -46,15 +49,17 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
     assert q.mask is None or torch.equal(back.mask, q.mask)
     assert q.scale is None or torch.equal(back.scale, q.scale)
     assert q.zero is None or torch.equal(back.zero, q.zero)
+    assert q.outer_scale is None or torch.equal(back.outer_scale, q.outer_scale)
 
 
 @each_format
 @each_shape
 def test_bytes_are_those_of_layouts_h(fmt, shape):
     out, in_ = shape
-    packed, zeros, offsets = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
+    packed, zeros, offsets, outer = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
     sizes = {name: t.numel() for name, t in pack(fmt, torch.randn(shape)).items()}
     assert sizes["packed"] == packed and sizes.get("zeros") in (None, zeros) and sizes.get("offsets") in (None, offsets)
+    assert sizes.get("outer_scales") == (outer if fmt.values == "nf4" else None)
     assert ("zeros" in sizes) == (not fmt.symmetric) and ("offsets" in sizes) == ("kept" in sizes) == (fmt.pattern == "unstructured")
     assert all(size % 64 == 0 for size in sizes.values())
 
@@ -71,6 +76,7 @@ def test_layout_constants_are_those_of_layouts_h():
     ("fmt", "bits"),
     [(WeightFormat("int4", 64), 4.26), (WeightFormat("int4", 128), 4.14), (WeightFormat("int8"), 8.05), (WeightFormat("bf16"), 16.0),
      (WeightFormat("int4", 128, symmetric=False), 4.14 + 4 / 128), (WeightFormat("int4", 128, pattern="2:4"), 3.26),
+     (WeightFormat("nf4", 64), 4.13), (WeightFormat("nf4", 128), 4.07), (WeightFormat("nf4", -1), 4.01),
      (WeightFormat("int4", 64, pattern="2:4"), 3.40), (WeightFormat("int8", pattern="2:4"), 5.01), (WeightFormat("bf16", pattern="2:4"), 9.0)],
     ids=str,
 )  # fmt: skip
@@ -199,7 +205,7 @@ def test_damaged_unstructured_weights_are_refused_and_lead_nowhere(fmt):
             fmt.decode(damage(packed, name, change), in_, out)
     g = fmt.geometry(in_, out)
     wrong = packed["packed"].clone()
-    wrong.view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes] = 255
+    g.as_blocks(wrong)[..., : g.code_bytes] = 255
     with pytest.raises(CaloraError, match="offsets"):
         fmt.decode({**packed, "packed": wrong}, in_, out)
     before = ops.native.isa()
@@ -212,9 +218,9 @@ def test_damaged_unstructured_weights_are_refused_and_lead_nowhere(fmt):
                     ops.linear(torch.randn(m, in_), tensors, fmt, in_, out, activations=activations)
             torch.ops.calora.linear_dx(torch.randn(3, out), tensors, fmt.id, in_, out, fmt.group_size)
         with pytest.raises(RuntimeError, match="too few"):
-            ops.decode([*tensors[:2], tensors[2][:64]], fmt, in_, out)
+            ops.decode([*tensors[:-1], tensors[-1][:64]], fmt, in_, out)
         with pytest.raises(RuntimeError, match="offsets have"):
-            ops.decode([tensors[0], tensors[1][:-64], tensors[2]], fmt, in_, out)
+            ops.decode([*tensors[:-2], tensors[-2][:-64], tensors[-1]], fmt, in_, out)
     ops.native.set_isa(before)
 
 
@@ -246,6 +252,10 @@ def test_bad_weights_and_formats_are_refused_in_a_sentence():
         WeightFormat("int3")
     with pytest.raises(CaloraError, match="zero points"):
         WeightFormat("int8", symmetric=False)
+    with pytest.raises(CaloraError, match="nf4 has no zero points"):
+        WeightFormat("nf4", symmetric=False)
+    with pytest.raises(CaloraError, match="fp32 scale"):
+        WeightFormat("nf4").pack(torch.full((4, 4), 3e38))
     packed = fmt.pack(torch.randn(4, 64))
     with pytest.raises(CaloraError, match="another model"):
         fmt.decode(packed, 128, 4)

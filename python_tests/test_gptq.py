@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from formats_table import nearest_level
 from torch import nn
 from zoo import ZOO, dense, logits
 
@@ -13,6 +14,7 @@ from calora_ext.compression.calibrate import Statistics, find_blocks, run_blocks
 
 FORMATS = [
     cx.WeightFormat("int4", 64), cx.WeightFormat("int4", -1), cx.WeightFormat("int4", 32, symmetric=False), cx.WeightFormat("int8"),
+    cx.WeightFormat("nf4", 64),
 ]  # fmt: skip
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
@@ -34,16 +36,15 @@ def closed_form(weight, gram, fmt):
     """Optimal brain surgery, one column after the other, inverting what is left of the damped Gram matrix each time."""
     plain = fmt.quantize(weight)
     block = fmt.geometry(weight.shape[1], weight.shape[0]).block_columns
-    low, high, middle = obs.CODES[fmt.values]
     h = gram.double() + obs.DAMPING * gram.double().diagonal().mean() * torch.eye(len(gram))
     w, left = weight.double().clone(), torch.argsort(gram.diagonal(), descending=True).tolist()
     codes = torch.empty_like(w)
     while left:
         c = left[0]
-        s, z = plain.scale[:, c // block].double(), torch.full((len(w),), float(middle)) if plain.zero is None else plain.zero[:, c // block].double()
-        codes[:, c] = ((w[:, c] / s).round() + z).clamp(low, high)
+        zero = None if plain.zero is None else plain.zero[:, c // block].double()
+        codes[:, c], values = nearest_level(w[:, c], fmt, plain.scales()[:, c // block].double(), zero)
         inverse = torch.linalg.inv(h[left][:, left])
-        error = (w[:, c] - (codes[:, c] - z) * s) / inverse[0, 0]
+        error = (w[:, c] - values) / inverse[0, 0]
         w[:, left] -= error.outer(inverse[0])
         left = left[1:]
     return codes

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from formats_table import nearest_level
 from zoo import ZOO, dense, logits
 
 import calora_ext as cx
@@ -12,7 +13,8 @@ from calora_ext.pruning import NofM, apportion, largest, magnitude, n_of_m, pars
 N_OF_M = [NofM(2, 4), NofM(4, 8), NofM(2, 8), NofM(1, 4), NofM(3, 5)]
 TARGETS = [*N_OF_M, 0.0, 0.3, 0.5, 0.7, 1.0]
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
-FORMATS = [cx.WeightFormat("int4", 32, pattern="2:4"), cx.WeightFormat("int4", -1, pattern="2:4"), cx.WeightFormat("int8", pattern="2:4")]
+FORMATS = [cx.WeightFormat("int4", 32, pattern="2:4"), cx.WeightFormat("int4", -1, pattern="2:4"), cx.WeightFormat("int8", pattern="2:4"),
+           cx.WeightFormat("nf4", 32, pattern="2:4")]  # fmt: skip
 UNSTRUCTURED = [cx.WeightFormat("int4", 64, pattern="unstructured"), cx.WeightFormat("int8", pattern="unstructured")]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
@@ -167,9 +169,8 @@ def surgery(weight, gram, target, fmt=None, plain=None, mask=None):
                 kept[:, j : j + stripe] = torch.zeros_like(flat, dtype=torch.bool).scatter_(0, best, True).view_as(scores)
         value = w[:, j].clone()
         if fmt is not None:
-            scale = plain.scale[:, j // fmt.geometry(columns, len(weight)).block_columns].double()
-            low, high, middle = obs.CODES[fmt.values]
-            value = (((value / scale).round() + middle).clamp(low, high) - middle) * scale
+            scale = plain.scales()[:, j // fmt.geometry(columns, len(weight)).block_columns].double()
+            _, value = nearest_level(value, fmt, scale)
         value = value * kept[:, j]
         inverse = torch.linalg.inv(h[j:, j:])
         w[:, j:] -= ((w[:, j] - value) / inverse[0, 0]).outer(inverse[0])

@@ -14,6 +14,9 @@ def test_defaults_are_the_stated_ones():
     assert recipe.resolve(calibrated=False).rounding == "rtn" and recipe.resolve(calibrated=True).rounding == "gptq"
     assert Recipe(weights="int8").group_size == -1
     assert Recipe(weights="int8", embeddings="int4").format("embeddings") == WeightFormat("int4", 64)
+    assert Recipe(weights="nf4").format() == WeightFormat("nf4", 64) and Recipe(weights="nf4", lm_head="nf4").format("lm_head") == WeightFormat("nf4", 64)
+    assert Recipe(symmetric=False, lm_head="nf4").format("lm_head") == WeightFormat("nf4", 64)
+    assert Recipe(weights="nf4").resolve(calibrated=True).rounding == "gptq" and Recipe(weights="nf4", sparsity=0.5).group_size == 128
     assert Recipe(group_size=128, embeddings="int4").format("embeddings") == WeightFormat("int4", 128)
     sparse = Recipe(sparsity="2:4")
     assert sparse.format() == WeightFormat("int4", 128, pattern="2:4") and sparse.format("lm_head") == WeightFormat("int8")
@@ -30,7 +33,8 @@ def test_defaults_are_the_stated_ones():
     ("fields", "message"),
     [
         ({"weights": "int3"}, "unknown weights 'int3'"),
-        ({"weights": "nf4"}, "weights='nf4' is not in this version"),
+        ({"weights": "nf4", "symmetric": False}, "nf4 has no zero points"),
+        ({"weights": "nf4", "group_size": 100}, "multiple of 32"),
         ({"weights": None}, "unknown weights None"),
         ({"weights": ["int4"]}, "unknown weights"),
         ({"sparsity": "4:4"}, "sparsity must be a pattern such as '2:4'.* got '4:4'"),
@@ -52,7 +56,7 @@ def test_defaults_are_the_stated_ones():
         ({"rounding": "gptq", "weights": "bf16"}, "no meaning for bf16"),
         ({"activations": "fp8"}, "unknown activations"),
         ({"lm_head": "fp8"}, "unknown lm_head"),
-        ({"embeddings": "nf4"}, "embeddings='nf4' is not in this version"),
+        ({"embeddings": "nf3"}, "unknown embeddings 'nf3'"),
         ({"skip": ["("]}, "not a valid regex"),
         ({"skip": "lm_head"}, "list of regexes"),
     ],

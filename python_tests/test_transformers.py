@@ -70,7 +70,8 @@ def test_compressing_while_loading_equals_compressing(name, embeddings, tmp_path
     "recipe",
     [
         cx.Recipe(symmetric=False, group_size=32), cx.Recipe(group_size=-1, lm_head=None), cx.Recipe(weights="int8", lm_head="int4"),
-        cx.Recipe(weights="bf16", lm_head="bf16"), cx.Recipe(symmetric=False, embeddings="int4", activations="exact"),
+        cx.Recipe(weights="bf16", lm_head="bf16"), cx.Recipe(weights="nf4", lm_head="nf4", embeddings="nf4"), cx.Recipe(symmetric=False, lm_head="nf4"),
+        cx.Recipe(weights="nf4", sparsity="2:4"), cx.Recipe(weights="nf4", sparsity=0.5), cx.Recipe(symmetric=False, embeddings="int4", activations="exact"),
         cx.Recipe(sparsity="2:4"), cx.Recipe(weights="int8", sparsity="2:4", activations="exact"), cx.Recipe(weights="bf16", sparsity="2:4"),
         cx.Recipe(sparsity=0.6), cx.Recipe(weights="int8", sparsity=0.7), cx.Recipe(weights="bf16", sparsity=0.5, skip=["down"]),
     ],

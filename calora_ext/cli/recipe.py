@@ -13,13 +13,13 @@ from ..errors import CaloraError
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-Weights = Annotated[str, typer.Option(help="How a weight is stored: int4, int8 or bf16.")]
-GroupSize = Annotated[int | None, typer.Option(help="Columns that share an int4 scale; -1 is one scale per row.  [default: 64, sparse 128]")]
+Weights = Annotated[str, typer.Option(help="How a weight is stored: int4, nf4, int8 or bf16.")]
+GroupSize = Annotated[int | None, typer.Option(help="Columns that share an int4 or nf4 scale; -1 is one scale per row.  [default: 64, sparse 128]")]
 Symmetric = Annotated[bool, typer.Option(help="No zero points, or one per int4 group.")]
 Rounding = Annotated[str | None, typer.Option(help="rtn or gptq.  [default: gptq with --calibration, else rtn]")]
 Activations = Annotated[str, typer.Option(help="What inference multiplies with: int8 or exact.")]
-LmHead = Annotated[str, typer.Option(help="The output head where it is not tied: int4, int8, bf16, or none (dense).")]
-Embeddings = Annotated[str, typer.Option(help="The input embeddings and a head tied to them: int4, int8, bf16, or none (dense).")]
+LmHead = Annotated[str, typer.Option(help="The output head where it is not tied: int4, nf4, int8, bf16, or none (dense).")]
+Embeddings = Annotated[str, typer.Option(help="The input embeddings and a head tied to them: int4, nf4, int8, bf16, or none (dense).")]
 Skip = Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Modules that stay dense; may be given several times.")]
 Sparsity = Annotated[str | None, typer.Option(help="2:4 (keep 2 of 4), or the share of the linear layers' weights to remove, as 0.7.  [default: none]")]
 Pruner = Annotated[str | None, typer.Option(help="What chooses them: magnitude, wanda or sparsegpt.  [default: sparsegpt with --calibration, else magnitude]")]

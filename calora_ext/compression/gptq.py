@@ -7,6 +7,8 @@ group comes from the original weights (static groups), so that the order does no
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,4 +34,4 @@ def quantize(weight: Tensor, gram: Tensor, fmt: WeightFormat) -> Quantized:
         return settled
 
     sweep(w, factor, settle)
-    return Quantized(codes.t().contiguous(), plain.scale, plain.zero)
+    return replace(plain, codes=codes.t().contiguous())

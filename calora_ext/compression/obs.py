@@ -13,15 +13,12 @@ from torch import Tensor
 
 from ..errors import CaloraError
 from ..formats import Quantized, WeightFormat
-from ..formats.values import INT4_MAX, INT4_ZERO, INT8_MAX, INT8_ZERO
+from ..formats.values import VALUES
 
 DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as published
 ESCALATE = 10.0
 ATTEMPTS = 8
 LAZY = 128  # columns whose updates of the rest are applied at once
-
-# The smallest, largest and (where no zero point is stored) middle code.
-CODES = {"int4": (0, INT4_MAX, INT4_ZERO), "int8": (INT8_ZERO - INT8_MAX, INT8_ZERO + INT8_MAX, INT8_ZERO)}
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
@@ -73,16 +70,16 @@ class Grid:
 
     def __init__(self, plain: Quantized, fmt: WeightFormat) -> None:
         """plain: a weight rounded to nearest, whose scales and zero points are the ones to use."""
-        self.low, self.high, self.middle = CODES[fmt.values]
+        self.values = VALUES[fmt.values]
+        self.middle = self.values.padding(None)  # the code of 0 where no zero point is stored
         out_features, in_features = plain.codes.shape
         self.columns = fmt.geometry(in_features, out_features).block_columns
-        self.scale = plain.scale.float().t()  # (blocks, out)
-        self.safe = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
+        self.scale = plain.scales().t()  # (blocks, out)
         self.zero = None if plain.zero is None else plain.zero.float().t()
 
     def nearest(self, column: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and values nearest to w (out,) in a column of the layer, both float32."""
+        """Codes (whole numbers) and float32 values nearest to w (out,) in a column of the layer."""
         block = column // self.columns
-        zero = self.middle if self.zero is None else self.zero[block]
-        codes = ((w / self.safe[block]).round_() + zero).clamp_(self.low, self.high)
-        return codes, (codes - zero) * self.scale[block]
+        scale, zero = self.scale[block], None if self.zero is None else self.zero[block]
+        codes = self.values.codes(w, scale, zero)
+        return codes, self.values.value(codes, scale, zero)

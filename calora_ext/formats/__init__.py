@@ -18,7 +18,7 @@ from .bitmask import Bitmask
 from .dense import Dense
 from .layout import LAYOUT_VERSION, Geometry
 from .two_four import TwoFour
-from .values import VALUES, Quantized
+from .values import VALUES, Quantized, dequantize
 
 PATTERNS = {p.name: p for p in (Dense, TwoFour, Bitmask)}
 CHUNK = 1 << 22  # weights that are rounded at a time
@@ -30,8 +30,8 @@ __all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat"
 class WeightFormat:
     """How one layer's weight is stored.
 
-    values: ``"int4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1 for
-    one scale per row; only int4 has groups. symmetric: False stores a zero point per group (dense int4 only).
+    values: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1
+    for one scale per row; only int4 and nf4 have groups. symmetric: False stores a zero point per group (dense int4 only).
     pattern: ``"dense"``; ``"2:4"``: at most two of every four weights along a row are kept, the others are 0; or
     ``"unstructured"``: any are kept, and the size depends on how many.
     Raises :class:`CaloraError` for a combination without meaning.
@@ -49,9 +49,9 @@ class WeightFormat:
             raise CaloraError(f"unknown pattern {self.pattern!r}; choose one of {', '.join(PATTERNS)}")
         if self.sparse and not self.symmetric:
             raise CaloraError(f"{self.pattern} weights have no zero points; use symmetric=True")
+        if not self.symmetric and not VALUES[self.values].zero_points:
+            raise CaloraError(f"{self.values} has no zero points; use symmetric=True")
         if not VALUES[self.values].grouped:
-            if not self.symmetric:
-                raise CaloraError(f"{self.values} has no zero points; use symmetric=True")
             object.__setattr__(self, "group_size", -1)
         elif self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
             raise CaloraError(f"group_size must be -1 (one scale per row) or a multiple of 32, got {self.group_size}")
@@ -85,6 +85,8 @@ class WeightFormat:
         shapes: dict[str, tuple[int, ...]] = {"packed": g.packed_shape}
         if not self.symmetric:
             shapes["zeros"] = g.zeros_shape
+        if self.values == "nf4":
+            shapes["outer_scales"] = g.outer_scales_shape
         return shapes | PATTERNS[self.pattern].shapes(g, extent)
 
     def nbytes(self, in_features: int, out_features: int, density: float = 1.0) -> int:
@@ -101,7 +103,7 @@ class WeightFormat:
         """Round a weight (out, in) to nearest.
 
         mask: (out, in) bool, the weights to keep in a sparse pattern; without it those that are not 0.
-        Raises CaloraError for NaN, infinity, a scale beyond fp16, or a mask that the pattern does not hold.
+        Raises CaloraError for NaN, infinity, a scale beyond fp16 (nf4: fp32), or a mask that the pattern does not hold.
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise CaloraError(f"a weight must be a 2-D floating-point tensor, got {tuple(weight.shape)} {weight.dtype}")
@@ -112,13 +114,15 @@ class WeightFormat:
             weight = weight.detach() * mask
         g = self.geometry(weight.shape[1], weight.shape[0])
         parts = []
-        for rows in weight.detach().split(max(1, CHUNK // g.columns)):  # rows are independent: temporaries stay small
+        for rows in weight.detach().split(layout.round_up(max(1, CHUNK // g.columns), layout.TILE_ROWS)):  # temporaries stay small
             w = pad(rows.float(), (0, g.columns - g.in_features)).view(-1, g.blocks, g.block_columns)
             parts.append(VALUES[self.values].quantize(w, self.symmetric))
-        codes, scale, zero = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
-        if scale is not None and not torch.isfinite(scale).all():
-            raise CaloraError("a weight is too large for an fp16 scale; rescale the layer or keep it in bf16")
-        return Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero, mask)
+        codes, scale, zero, outer = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        q = Quantized(codes.reshape(g.out_features, g.columns)[:, : g.in_features], scale, zero, mask, outer)
+        if scale is not None and not torch.isfinite(q.scales()).all():
+            kind = "fp16" if outer is None else "fp32"
+            raise CaloraError(f"a weight is too large for an {kind} scale; rescale the layer or keep it in bf16")
+        return q
 
     def _settle_mask(self, weight: Tensor, mask: Tensor | None) -> Tensor | None:
         if mask is not None and not self.sparse:
@@ -141,9 +145,12 @@ class WeightFormat:
         data, others = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
         if q.scale is not None:
             data = torch.cat((data, layout.tile_scales(pad(q.scale, (0, 0, 0, rows)), g)), dim=-1)
-        packed = {"packed": data.reshape(g.packed_shape)}
+        data = data.reshape(g.tiles, -1)
+        packed = {"packed": pad(data, (0, g.packed_shape[1] - data.shape[1]))}
         if zero is not None:
             packed["zeros"] = layout.tile_zeros(zero, g)
+        if q.outer_scale is not None:
+            packed["outer_scales"] = layout.pad_outer_scales(q.outer_scale, g)
         return packed | others
 
     def pack(self, weight: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -154,30 +161,32 @@ class WeightFormat:
         """Inverse of :meth:`pack_quantized`, exactly."""
         g = self.geometry(in_features, out_features)
         self.check(packed, in_features, out_features)
-        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
+        data = g.as_blocks(packed["packed"])
         codes, mask = PATTERNS[self.pattern].untile(data[..., : g.code_bytes], packed, g)
         codes = codes[:out_features, :in_features]
         mask = None if mask is None else mask[:out_features, :in_features]
-        scale = zero = None
+        scale = zero = outer = None
         if g.block_bytes > g.code_bytes:
             scale = layout.untile_scales(data[..., g.code_bytes :], g)[:out_features]
         if not self.symmetric:
             zero = layout.untile_zeros(packed["zeros"], g)[:out_features]
-        return Quantized(codes, scale, zero, mask)
+        if "outer_scales" in packed:
+            outer = layout.unpad_outer_scales(packed["outer_scales"], g)
+        return Quantized(codes, scale, zero, mask, outer)
 
     def kept(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> int:
         """How many weights the pattern keeps; one of them may have been rounded to 0."""
         if not self.sparse:
             return in_features * out_features
         g = self.geometry(in_features, out_features)
-        return PATTERNS[self.pattern].kept(packed["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes], g)
+        return PATTERNS[self.pattern].kept(g.as_blocks(packed["packed"])[..., : g.code_bytes], g)
 
     def decode(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Tensor:
         """The dense weight (out, in) in float32: the reference of every kernel."""
         g = self.geometry(in_features, out_features)
         q = self.unpack(packed, in_features, out_features)
         codes = pad(q.codes, (0, g.columns - in_features)).view(out_features, g.blocks, g.block_columns)
-        dense = VALUES[self.values].dequantize(codes, q.scale, q.zero)
+        dense = dequantize(self.values, codes, q.scales(), q.zero)
         return dense.view(out_features, g.columns)[:, :in_features].contiguous()
 
     def check(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> None:
@@ -192,12 +201,12 @@ class WeightFormat:
                     f"in {self} has {shape} uint8: the file belongs to another model or is damaged"
                 )
         g = self.geometry(in_features, out_features)
-        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
-        if g.block_bytes > g.code_bytes:
-            # A copy even where the slice is contiguous already: a file may not be aligned to 2 bytes.
-            scales = data[..., g.code_bytes :].clone(memory_format=torch.contiguous_format).view(torch.float16)
-            if not torch.isfinite(scales).all():
-                raise CaloraError("a packed weight has a scale that is not finite; the file is damaged")
+        data = g.as_blocks(packed["packed"])
+        scales = layout.unpad_outer_scales(packed["outer_scales"], g) if "outer_scales" in packed else None
+        if scales is None and g.block_bytes > g.code_bytes:
+            scales = layout.untile_scales(data[..., g.code_bytes :], g)
+        if scales is not None and not torch.isfinite(scales).all():
+            raise CaloraError("a packed weight has a scale that is not finite; the file is damaged")
         PATTERNS[self.pattern].check(data[..., : g.code_bytes], packed, g)
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import BITS, TILE_ALIGN, TILE_ROWS, Geometry, round_up
+from .layout import BITS, TILE_ALIGN, TILE_ROWS, ZERO_CODE, Geometry, round_up
 
 CHUNK_COLUMNS = 32
 CHUNK_WEIGHTS = TILE_ROWS * CHUNK_COLUMNS
 UNIT = 8  # bytes: chunks start at multiples of it, offsets count them
-STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 4}  # columns in one step of bits: what one register of codes holds
+STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 4, "nf4": 4}  # columns in one step of bits: what one register of codes holds
 
 
 class Bitmask:
@@ -35,7 +35,7 @@ class Bitmask:
         """About how many bytes ``kept`` has where that share of the weights is kept, at random."""
         chunks = g.in_features * g.out_features / CHUNK_WEIGHTS
         kept = density * CHUNK_WEIGHTS * BITS[g.values] / 8
-        if g.values == "int4":  # the longer of two halves: E max of two normal variables is mean + deviation / sqrt(pi)
+        if BITS[g.values] == 4:  # the longer of two halves: E max of two normal variables is mean + deviation / sqrt(pi)
             kept += math.sqrt(CHUNK_WEIGHTS / 2 * density * (1 - density) / math.pi)
         padding = UNIT / 2 if 0 < density < 1 else 0
         return round_up(int(chunks * (kept + padding)) + tail_bytes(g.values), TILE_ALIGN)
@@ -60,12 +60,11 @@ class Bitmask:
         bits = _bits(data)
         starts, _ = _starts(data, g)
         kept = packed["kept"].view(torch.bfloat16) if g.values == "bf16" else packed["kept"]
-        filler = {"bf16": 0, "int8": 128, "int4": 8}[g.values]
-        codes = torch.full((bits.numel(),), filler, dtype=kept.dtype, device=kept.device).view(_chunks(g), -1)
+        codes = torch.full((bits.numel(),), ZERO_CODE[g.values], dtype=kept.dtype, device=kept.device).view(_chunks(g), -1)
         bits = bits.view(_chunks(g), -1)
         for i, (stream, chosen) in enumerate(zip(_streams(codes, g), _streams(bits, g), strict=True)):
             values = kept[_places(starts, chosen, g)]
-            stream[chosen] = values >> 4 * i & 15 if g.values == "int4" else values
+            stream[chosen] = values >> 4 * i & 15 if BITS[g.values] == 4 else values
         return _in_rows(codes, g), _in_rows(bits, g)
 
     @staticmethod
@@ -112,10 +111,10 @@ def _bits(data: Tensor) -> Tensor:
 
 
 def _streams(t: Tensor, g: Geometry) -> list[Tensor]:
-    """Views of (chunks, 1024): what is stored one after the other. int4: even steps in low nibbles, odd ones in high ones."""
-    if g.values != "int4":
+    """Views of (chunks, 1024): what is stored one after the other. 4 bits: even steps in low nibbles, odd ones in high ones."""
+    if BITS[g.values] != 4:
         return [t]
-    steps = t.view(len(t), -1, 2, TILE_ROWS * STEP_COLUMNS["int4"])
+    steps = t.view(len(t), -1, 2, TILE_ROWS * STEP_COLUMNS[g.values])
     return [steps[:, :, 0], steps[:, :, 1]]
 
 
@@ -123,7 +122,7 @@ def _starts(data: Tensor, g: Geometry) -> tuple[Tensor, int]:
     """Where each chunk starts in ``kept`` (bytes), and how long ``kept`` is; from the bits alone."""
     words = data.reshape(_chunks(g), CHUNK_WEIGHTS // 8).contiguous().numpy().view(np.uint64)
     counts = torch.from_numpy(np.bitwise_count(words)).long()  # (chunks, 16)
-    if g.values == "int4":
+    if BITS[g.values] == 4:
         halves = counts.view(len(counts), -1, 2, 2).sum((1, 3))  # (chunks, even and odd steps)
         sizes = halves.amax(-1)
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import PATTERN_IDS, TILE_ROWS, Geometry
+from .layout import PATTERN_IDS, TILE_ROWS, VALUE_IDS, Geometry
 
 if TYPE_CHECKING:
     from . import WeightFormat
@@ -90,7 +90,7 @@ def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_featur
 
 
 def _geometry(fmt: WeightFormat, in_features: int, out_features: int) -> Geometry:
-    if fmt.id // 16 != PATTERN_IDS["dense"]:
+    if fmt.id // 16 != PATTERN_IDS["dense"] or fmt.id % 16 == VALUE_IDS["nf4"]:
         raise CaloraError(f"{fmt} has no CUDA kernels yet; keep the model on the CPU")
     return fmt.geometry(in_features, out_features)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import TILE_ROWS, Geometry
+from .layout import BITS, TILE_ROWS, Geometry
 
-STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 8}  # columns in one 128-byte step of a tile
+STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 8, "nf4": 8}  # columns in one 128-byte step of a tile
 
 
 class Dense:
@@ -27,11 +27,11 @@ class Dense:
     def tile(codes: Tensor, mask: None, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
         """Bytes of the codes, (tiles, blocks, code_bytes) uint8.
 
-        codes: (tiles * 32, columns), already padded; uint8 for int4 and int8, bfloat16 for bf16.
+        codes: (tiles * 32, columns), already padded; bfloat16 for bf16, else uint8.
         """
         step = STEP_COLUMNS[g.values]
         c = codes.view(g.tiles, TILE_ROWS, g.blocks, g.block_columns // step, step).permute(0, 2, 3, 1, 4)
-        if g.values == "int4":
+        if BITS[g.values] == 4:
             c = c[..., :4] | (c[..., 4:] << 4)
         return c.contiguous().view(torch.uint8).view(g.tiles, g.blocks, g.code_bytes), {}
 
@@ -42,6 +42,6 @@ class Dense:
         if g.values == "bf16":
             data = data.contiguous().view(torch.bfloat16)
         c = data.reshape(g.tiles, g.blocks, g.block_columns // step, TILE_ROWS, -1)
-        if g.values == "int4":
+        if BITS[g.values] == 4:
             c = torch.cat((c & 15, c >> 4), dim=-1)
         return c.permute(0, 3, 1, 2, 4).reshape(g.tiles * TILE_ROWS, g.columns), None

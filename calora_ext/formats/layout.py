@@ -14,12 +14,14 @@ LAYOUT_VERSION = 1
 TILE_ROWS = 32  # rows in a tile
 COLUMN_ALIGN = 32  # columns are padded to a multiple of this, or of the group
 TILE_ALIGN = 64  # bytes; packed tensors are multiples of it
-SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a quantised block
+SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a block of int4 or int8
 ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
 
-VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2}
+VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2, "nf4": 3}
 PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2}
-BITS = {"bf16": 16, "int8": 8, "int4": 4}
+BITS = {"bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
+ZERO_CODE = {"bf16": 0, "int8": 128, "int4": 8, "nf4": 7}  # what a weight of 0 is stored as, where no zero point is
+SCALE_DTYPE = {"int8": torch.float16, "int4": torch.float16, "nf4": torch.uint8}
 
 
 def round_up(n: int, to: int) -> int:
@@ -65,11 +67,20 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        return self.code_bytes + (SCALE_BYTES if self.values != "bf16" else 0)
+        scale = SCALE_DTYPE.get(self.values)
+        return self.code_bytes + (TILE_ROWS * scale.itemsize if scale else 0)
 
     @property
     def packed_shape(self) -> tuple[int, int]:
-        return (self.tiles, self.blocks * self.block_bytes)
+        return (self.tiles, round_up(self.blocks * self.block_bytes, TILE_ALIGN))
+
+    @property
+    def outer_scales_shape(self) -> tuple[int]:
+        return (round_up(4 * self.tiles, TILE_ALIGN),)
+
+    def as_blocks(self, packed: Tensor) -> Tensor:
+        """The ``packed`` tensor as (tiles, blocks, block_bytes), a view."""
+        return packed[:, : self.blocks * self.block_bytes].unflatten(1, (self.blocks, self.block_bytes))
 
     @property
     def zeros_shape(self) -> tuple[int]:
@@ -77,13 +88,25 @@ class Geometry:
 
 
 def tile_scales(scale: Tensor, g: Geometry) -> Tensor:
-    """(tiles * 32, blocks) fp16 -> (tiles, blocks, 64) uint8."""
+    """(tiles * 32, blocks) fp16 -> (tiles, blocks, 64) uint8; or uint8 -> (tiles, blocks, 32)."""
     return scale.view(g.tiles, TILE_ROWS, g.blocks).transpose(1, 2).contiguous().view(torch.uint8)
 
 
 def untile_scales(data: Tensor, g: Geometry) -> Tensor:
-    """(tiles, blocks, 64) uint8 -> (tiles * 32, blocks) fp16."""
-    return data.contiguous().view(torch.float16).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)
+    """Inverse of :func:`tile_scales`; a copy, because a file may not be aligned to 2 bytes."""
+    return data.clone(memory_format=torch.contiguous_format).view(SCALE_DTYPE[g.values]).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)
+
+
+def pad_outer_scales(scale: Tensor, g: Geometry) -> Tensor:
+    """(tiles,) fp32 -> the padded ``outer_scales`` tensor, uint8."""
+    out = torch.zeros(g.outer_scales_shape, dtype=torch.uint8, device=scale.device)
+    out[: 4 * g.tiles] = scale.view(torch.uint8)
+    return out
+
+
+def unpad_outer_scales(data: Tensor, g: Geometry) -> Tensor:
+    """Inverse of :func:`pad_outer_scales`; a copy, because a file may not be aligned to 4 bytes."""
+    return data[: 4 * g.tiles].clone().view(torch.float32)
 
 
 def tile_zeros(zero: Tensor, g: Geometry) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import TILE_ROWS, Geometry
+from .layout import BITS, TILE_ROWS, ZERO_CODE, Geometry
 
 GROUP, KEEP = 4, 2
 TURN_COLUMNS = 32  # columns whose positions fill whole bytes: a block is a sequence of turns
@@ -49,9 +49,9 @@ class TwoFour:
         last = GROUP - 1 - m.flip(-1).argmax(-1, keepdim=True)
         kept = codes.view(len(codes), -1, GROUP)
         pair = torch.cat((kept.gather(-1, first), kept.gather(-1, last)), dim=-1)
-        # Stored around 0, so that a place which is not kept is 0 in every value type.
+        # Stored with the bits of the code of 0 turned, so that a place which is not kept is 0 in every value type.
         if g.values != "bf16":
-            pair = pair ^ _middle(g.values)
+            pair = pair ^ ZERO_CODE[g.values]
         empty = m.sum(-1, keepdim=True) == 0  # there argmax finds 0 and 3
         pair = torch.where(torch.cat((empty, empty | (first == last)), dim=-1), pair.new_zeros(()), pair)
         places = torch.cat((torch.where(empty, 1, first), torch.where(empty, 0, last)), dim=-1).to(torch.uint8)
@@ -63,7 +63,7 @@ class TwoFour:
             pair = pair.view(g.tiles, TILE_ROWS, turns, 8, 2)
         else:
             pair = pair.view(g.tiles, TILE_ROWS, turns, 4, 4)
-            if g.values == "int4":
+            if BITS[g.values] == 4:
                 pair = pair[..., 0::2, :] | pair[..., 1::2, :] << 4
         pair = pair.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).view(g.tiles, turns, -1)
         return torch.cat((pair, places), dim=-1).view(g.tiles, g.blocks, g.code_bytes), {}
@@ -86,9 +86,9 @@ class TwoFour:
             pair = pair.contiguous().view(torch.bfloat16).view(g.tiles, turns, 8, TILE_ROWS, 2)
         else:
             pair = pair.reshape(g.tiles, turns, -1, TILE_ROWS, 4)
-            if g.values == "int4":
+            if BITS[g.values] == 4:
                 pair = torch.stack((pair & 15, pair >> 4), dim=3).flatten(2, 3)
-            pair = pair ^ _middle(g.values)
+            pair = pair ^ ZERO_CODE[g.values]
         pair = pair.permute(0, 3, 1, 2, 4).reshape(g.tiles * TILE_ROWS, -1, KEEP)
         places = places.reshape(g.tiles, turns, TILE_ROWS, 1, 4)
         places = torch.cat([places >> shift & 3 for shift in (0, 2, 4, 6)], dim=3)  # (tiles, turns, 32, substeps, 4)
@@ -96,11 +96,6 @@ class TwoFour:
         first, last = places[..., :1], places[..., 1:]
         at = torch.arange(GROUP, dtype=torch.uint8)
         is_first, is_last = (at == first) & (first <= last), (at == last) & (first < last)
-        filler = pair.new_full((), 0 if g.values == "bf16" else _middle(g.values))
+        filler = pair.new_full((), ZERO_CODE[g.values])
         codes = torch.where(is_first, pair[..., :1], torch.where(is_last, pair[..., 1:], filler))
         return codes.view(-1, g.columns), (is_first | is_last).view(-1, g.columns)
-
-
-def _middle(values: str) -> int:
-    """The code of 0; codes are stored with this bit turned, which makes them two's complement."""
-    return {"int4": 8, "int8": 128}[values]

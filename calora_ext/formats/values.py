@@ -1,7 +1,7 @@
-"""How a kept weight is stored: bf16, int8 (one scale per row), int4 (groups, symmetric or with zero points).
+"""How a kept weight is stored: bf16, int8 (one scale per row), int4 (groups, symmetric or with zero points), nf4 (``nf4.py``).
 
 A value type turns a padded weight (rows, blocks, block_columns) into codes and back:
-``weight = scale * (code - zero)``. It knows nothing of bytes (``layout.py``) or of sparsity.
+``weight = scale * (code - zero)``, or ``scale * book[code]``. It knows nothing of bytes (``layout.py``) or of sparsity.
 """
 
 from __future__ import annotations
@@ -11,24 +11,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-INT4_ZERO, INT4_MAX = 8, 15
-INT8_ZERO, INT8_MAX = 128, 127
+from .layout import TILE_ROWS, ZERO_CODE
+from .nf4 import NF4
+
+INT4_ZERO, INT4_MAX = ZERO_CODE["int4"], 15
+INT8_ZERO, INT8_MAX = ZERO_CODE["int8"], 127
 # Clipping a group's extreme weights trades a large error on few for a small one on many; the least squared error wins.
 SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes of a weight. codes: (out, in) uint8 (bfloat16 for bf16); scale: (out, blocks) fp16; zero: (out, blocks) uint8;
-    mask: (out, in) bool, the weights that a sparse pattern keeps.
+    """Codes of a weight. codes: (out, in) uint8 (bfloat16 for bf16); scale: (out, blocks) fp16 (uint8 codes for nf4); zero:
+    (out, blocks) uint8; mask: (out, in) bool, the weights that a sparse pattern keeps; outer_scale: (tiles,) fp32.
 
-    scale is None for bf16; zero is None when the zero point is the middle code; mask is None for a dense weight.
+    scale is None for bf16; zero is None when the zero point is the middle code; mask is None for a dense weight; outer_scale is
+    None but for nf4.
     """
 
     codes: Tensor
     scale: Tensor | None = None
     zero: Tensor | None = None
     mask: Tensor | None = None
+    outer_scale: Tensor | None = None
+
+    def scales(self) -> Tensor | None:
+        """The scale of each group, (out, blocks) float32; None for bf16."""
+        if self.scale is None or self.outer_scale is None:
+            return None if self.scale is None else self.scale.float()
+        return NF4.scales(self.scale, self.outer_scale.repeat_interleave(TILE_ROWS)[: len(self.scale)])
 
 
 def int4_codes(w: Tensor, scale: Tensor, zero: Tensor | int) -> Tensor:
@@ -73,18 +84,24 @@ def int4_scales(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
 class Int4:
     name = "int4"
     grouped = True  # takes a group_size
+    zero_points = True  # may have them
 
     @staticmethod
-    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | None, None]:
         """w: (rows, blocks, block_columns) fp32 -> codes like w (uint8), scale and zero (rows, blocks)."""
         scale, zero = int4_scales(w, symmetric)
-        codes = int4_codes(w, scale.float(), INT4_ZERO if zero is None else zero.float()).to(torch.uint8)
-        return codes, scale.squeeze(-1), None if zero is None else zero.squeeze(-1)
+        codes = Int4.codes(w, scale.float(), None if zero is None else zero.float()).to(torch.uint8)
+        return codes, scale.squeeze(-1), None if zero is None else zero.squeeze(-1), None
 
     @staticmethod
-    def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-        centre = INT4_ZERO if zero is None else zero.float().unsqueeze(-1)
-        return (codes.float() - centre) * scale.float().unsqueeze(-1)
+    def codes(w: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Nearest code of w (..., columns), whole numbers, for a float scale and zero point (..., 1)."""
+        return int4_codes(w, scale, INT4_ZERO if zero is None else zero)
+
+    @staticmethod
+    def value(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """What codes (..., columns) stand for, for a float scale and zero point (..., 1)."""
+        return (codes.float() - (INT4_ZERO if zero is None else zero)) * scale
 
     @staticmethod
     def padding(zero: Tensor | None) -> Tensor | int:
@@ -95,18 +112,21 @@ class Int4:
 class Int8:
     name = "int8"
     grouped = False
+    zero_points = False
 
     @staticmethod
-    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, None]:
+    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, Tensor, None, None]:
         scale = (w.abs().amax(-1, keepdim=True) / INT8_MAX).half()
-        step = scale.float()
-        safe = torch.where(step == 0, torch.ones_like(step), step)
-        codes = (w / safe).round_().clamp_(-INT8_MAX, INT8_MAX).add_(INT8_ZERO).to(torch.uint8)
-        return codes, scale.squeeze(-1), None
+        return Int8.codes(w, scale.float(), None).to(torch.uint8), scale.squeeze(-1), None, None
 
     @staticmethod
-    def dequantize(codes: Tensor, scale: Tensor, zero: None) -> Tensor:
-        return (codes.float() - INT8_ZERO) * scale.float().unsqueeze(-1)
+    def codes(w: Tensor, scale: Tensor, zero: None) -> Tensor:
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        return (w / safe).round_().clamp_(-INT8_MAX, INT8_MAX).add_(INT8_ZERO)
+
+    @staticmethod
+    def value(codes: Tensor, scale: Tensor, zero: None) -> Tensor:
+        return (codes.float() - INT8_ZERO) * scale
 
     @staticmethod
     def padding(zero: None) -> int:
@@ -116,13 +136,14 @@ class Int8:
 class BF16:
     name = "bf16"
     grouped = False
+    zero_points = False
 
     @staticmethod
-    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, None, None]:
-        return w.to(torch.bfloat16), None, None
+    def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, None, None, None]:
+        return w.to(torch.bfloat16), None, None, None
 
     @staticmethod
-    def dequantize(codes: Tensor, scale: None, zero: None) -> Tensor:
+    def value(codes: Tensor, scale: None, zero: None) -> Tensor:
         return codes.float()
 
     @staticmethod
@@ -130,4 +151,10 @@ class BF16:
         return 0
 
 
-VALUES = {v.name: v for v in (BF16, Int8, Int4)}
+VALUES = {v.name: v for v in (BF16, Int8, Int4, NF4)}
+
+
+def dequantize(values: str, codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """codes (rows, blocks, block_columns), float32 scales and zero points (rows, blocks) -> float32 weights like codes."""
+    last = [None if t is None else t.float().unsqueeze(-1) for t in (scale, zero)]
+    return VALUES[values].value(codes, *last)

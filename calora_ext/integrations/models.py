@@ -30,7 +30,7 @@ from ..recipe import ACTIVATIONS, Recipe
 def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequence | None = None, tokenizer: Any = None) -> Report:
     """Compress a transformers model in place; ``model.save_pretrained`` then writes the compressed model.
 
-    calibration: texts (these need the tokenizer) or sequences of token ids; given, int4 and int8 are rounded by GPTQ and
+    calibration: texts (these need the tokenizer) or sequences of token ids; given, int4, nf4 and int8 are rounded by GPTQ and
     sparse weights are chosen by SparseGPT, both in one, unless the recipe says otherwise.
     Raises CaloraError for a model that is compressed already, weights that are not finite, or calibration data that
     is empty, too short or leads to NaN; what comes to light halfway leaves a partly compressed model: load it again.

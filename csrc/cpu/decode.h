@@ -9,6 +9,7 @@
 #include "../kernels.h"
 #include "bank.h"
 #include "prepare.h"
+#include "values.h"
 
 namespace calora {
 namespace {
@@ -107,25 +108,21 @@ typename V::F zero_offset(const Weight& w, int64_t tile, int64_t block, int i) {
   return V::to_float(V::isub(nibble, V::iset1(kInt4Zero)));
 }
 
-template <class V>
-typename V::F block_scale(const Weight& w, const uint8_t* block, int i) {
-  return V::load_fp16(block + w.g.block_bytes - kScaleBytes + 2 * i * V::kLanes);
-}
-
 // ---- int8 activations -------------------------------------------------------------------------------------------------
 
 // Sums of (unsigned code) * xq; the zero point leaves at the end of the block as zero * x_sum. Integers: exact in any order.
+// Of nf4, codes are looked up when they are unpacked, and are then as those of int8.
 template <class V, int M, Values values>
 struct IntPath {
   using Acc = typename V::I;
   using Sums = Acc[M][V::kTileRegs];
-  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : 4;
+  static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 4;
   static constexpr bool kShortTurns = !V::kVnni && values == Values::int4;
   static Acc none() { return V::izero(); }
 
   template <int P, int G>
   static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
-    if constexpr (V::kVnni) dot<P, G>(a, turn, first, sum);
+    if constexpr (V::kVnni || values == Values::nf4) dot<P, G>(a, turn, first, sum);
     else if constexpr (values == Values::int4) nibbles<P, G>(a, turn, first, sum);
     else bytes<P, G>(a, turn, first, sum);
   }
@@ -141,7 +138,7 @@ struct IntPath {
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       const Acc w = V::iload(p + g * V::kBytes);
-      lo[g] = V::iand(w, low), hi[g] = V::iand(V::template shr16<4>(w), low);
+      lo[g] = multipliers<V, values>(V::iand(w, low)), hi[g] = multipliers<V, values>(V::iand(V::template shr16<4>(w), low));
     }
   }
 
@@ -155,7 +152,7 @@ struct IntPath {
         for (int m = 0; m < M; ++m) {
           const Acc v = four(a, turn, m, 4 * step);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(acc[t][m][g], V::iload(p + g * V::kBytes), v);
+          for (int g = 0; g < G; ++g) acc[t][m][g] = dot4<V>(acc[t][m][g], V::iload(p + g * V::kBytes), v);
         }
       } else {
         Acc lo[G], hi[G];
@@ -164,7 +161,7 @@ struct IntPath {
         for (int m = 0; m < M; ++m) {
           const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(V::dot(acc[t][m][g], lo[g], v0), hi[g], v1);
+          for (int g = 0; g < G; ++g) acc[t][m][g] = dot4<V>(dot4<V>(acc[t][m][g], lo[g], v0), hi[g], v1);
         }
       }
       keep_order(acc[t]);
@@ -227,14 +224,13 @@ struct IntPath {
   static void end_block(const LinearArgs& a, int64_t tile, int64_t block, const uint8_t* p, const Acc (&sum)[M][V::kTileRegs],
                         typename V::F (&y)[M][V::kTileRegs]) {
     const int64_t blocks = a.w.g.blocks;
-    constexpr int kMiddle = values == Values::int8 ? kInt8Zero : kInt4Zero;
 #pragma GCC unroll 4
     for (int i = 0; i < V::kTileRegs; ++i) {
-      const auto scale = block_scale<V>(a.w, p, i);
+      const auto scale = V::mul(block_scale<V>(values, a.w, tile, p, i), V::set1(kUnit<values>));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int x_sum = a.x_sum[m * blocks + block];
-        auto v = V::to_float(V::isub(sum[m][i], V::iset1(kMiddle * x_sum)));
+        auto v = V::to_float(V::isub(sum[m][i], V::iset1(kOffset<V, values> * x_sum)));
         if (a.w.zeros) v = V::fma(zero_offset<V>(a.w, tile, block, i), V::set1(-static_cast<float>(x_sum)), v);
         y[m][i] = V::fma(v, V::mul(scale, V::set1(a.x_scale[m * blocks + block])), y[m][i]);
       }
@@ -260,7 +256,7 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
     for (int m = 0; m < M; ++m) x_sum[m] = Path::x_sum(a, m, block);
 #pragma GCC unroll 4
   for (int i = 0; i < V::kTileRegs; ++i) {
-    const auto scale = block_scale<V>(a.w, p, i);
+    const auto scale = block_scale<V>(a.w.values, a.w, tile, p, i);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       auto v = sum[m][i];
@@ -270,12 +266,12 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
   }
 }
 
-// Sums of (code - middle) * x in fp32, one column at a time.
+// Sums of (code - middle) * x, or of the book's value * x, in fp32, one column at a time.
 template <class V, int M, Values values>
 struct FloatPath {
   using Acc = typename V::F;
   using Sums = Acc[M][V::kTileRegs];
-  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : values == Values::int8 ? 4 : 2;
+  static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : values == Values::int8 ? 4 : 2;
   static constexpr bool kShortTurns = false;
   static Acc none() { return V::zero(); }
 
@@ -288,11 +284,10 @@ struct FloatPath {
       return V::to_float(V::template sar32<24>(V::template shl32<24 - 8 * c>(w)));
     } else {
       constexpr int bit = c < 4 ? 8 * c : 8 * (c - 4) + 4;
-      if constexpr (V::kLanes == 16) {  // vpermps reads the low 4 bits only: no mask
-        return V::lookup16(V::load(kCodes), V::template shr32<bit>(w));
-      } else {  // w was turned into signed nibbles
+      if constexpr (values == Values::int4 && V::kLanes == 8)  // w was turned into signed nibbles
         return V::to_float(V::template sar32<28>(V::template shl32<28 - bit>(w)));
-      }
+      else  // a look-up reads the low 4 bits only: no mask
+        return lookup16(values == Values::nf4 ? kNf4Tables.values : kCodes, V::template shr32<bit>(w));
     }
   }
   alignas(64) static constexpr float kCodes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
@@ -348,14 +343,14 @@ struct FloatPath {
   }
 };
 
-// Sums of (code - 8) * x, or of bf16 weights, by vdpbf16ps. A 16-bit lane of int4 codes holds columns b, b + 4, b + 1, b + 5 as
+// Sums of (code - 8) * x, of the book's value (rounded to bf16) * x, or of bf16 weights, by vdpbf16ps. A 16-bit lane of 4-bit codes holds columns b, b + 4, b + 1, b + 5 as
 // nibbles; vpermw turns the lowest (it reads 5 bits, so its table is written twice) of both lanes of a row into bf16, and x
 // comes in that order (prepare.h).
 template <class V, int M, Values values>
 struct Bf16Path {
   using Acc = typename V::F;
   using Sums = Acc[M][V::kTileRegs];
-  static constexpr int64_t kStepBytes = 128, kStepColumns = values == Values::int4 ? 8 : 2;
+  static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 2;
   static constexpr bool kShortTurns = false;
   static Acc none() { return V::zero(); }
   alignas(64) static constexpr uint16_t kCodes[32] = {
@@ -364,7 +359,7 @@ struct Bf16Path {
 
   template <int P, int G>
   static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
-    const auto codes = V::iload(kCodes);
+    const auto codes = V::iload(values == Values::nf4 ? kNf4Tables.bf16 : kCodes);
     Acc acc[P][M][G];
     copy<P, M, G>(sum, first, acc, 0);
     each_step<Bf16Path, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
@@ -488,13 +483,16 @@ void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
   const Values values = a.w.values;
   if (a.activations == Activations::int8) {
     if (values == Values::int4) return stream<V, M, IntPath<V, M, Values::int4>>(a, begin, end);
+    if (values == Values::nf4) return stream<V, M, IntPath<V, M, Values::nf4>>(a, begin, end);
     return stream<V, M, IntPath<V, M, Values::int8>>(a, begin, end);
   }
   if constexpr (V::kBf16Dot) {
     if (uses_bf16_dot<V>(a) && values == Values::int4) return stream<V, M, Bf16Path<V, M, Values::int4>>(a, begin, end);
+    if (uses_bf16_dot<V>(a) && values == Values::nf4) return stream<V, M, Bf16Path<V, M, Values::nf4>>(a, begin, end);
     if (uses_bf16_dot<V>(a)) return stream<V, M, Bf16Path<V, M, Values::bf16>>(a, begin, end);
   }
   if (values == Values::int4) return stream<V, M, FloatPath<V, M, Values::int4>>(a, begin, end);
+  if (values == Values::nf4) return stream<V, M, FloatPath<V, M, Values::nf4>>(a, begin, end);
   if (values == Values::int8) return stream<V, M, FloatPath<V, M, Values::int8>>(a, begin, end);
   return stream<V, M, FloatPath<V, M, Values::bf16>>(a, begin, end);
 }

@@ -30,9 +30,28 @@ void exact_tile(const LinearArgs& a, int64_t tile) {
   finish_rows<V, M>(a, tile, sums);
 }
 
+// One tile of nf4 by M rows of int8 x: expanded, and multiplied as prefill does. Correct and slow.
+template <class V, int M>
+void nf4_tile(const LinearArgs& a, int64_t tile) {
+  const Geometry& g = a.w.g;
+  alignas(64) float sums[M * kTileRows] = {};
+  for (int64_t b = 0; b < g.blocks; ++b) {
+    const Block w = block_of<V>(a.w, tile, b);
+    for (int64_t m = 0; m < a.m; ++m)
+      for (int reg = 0; reg < V::kTileRegs; reg += 2)
+        int_pair<V, Values::nf4, false, 1, 1>(w, reg, a.xq + m * g.columns + b * g.block_columns, a.x_scale + m * g.blocks + b,
+                                              a.x_sum + m * g.blocks + b, sums + m * kTileRows);
+  }
+  finish_rows<V, M>(a, tile, sums);
+}
+
 template <class V, int M>
 void decode_sparse_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   const bool int4 = a.w.values == Values::int4;
+  if (a.activations == Activations::int8 && a.w.values == Values::nf4) {
+    for (int64_t tile = begin; tile < end; ++tile) nf4_tile<V, M>(a, tile);
+    return;
+  }
   if (a.activations == Activations::int8) {
     if (a.w.pattern == Pattern::bitmask && int4) return stream_chunks<V, M, Values::int4>(a, begin, end);
     if (a.w.pattern == Pattern::bitmask) return stream_chunks<V, M, Values::int8>(a, begin, end);

@@ -59,7 +59,7 @@ void expand_two_four(const uint8_t* turn, int64_t columns, uint8_t* out) {
           const I line = load(turn + i / 2 * 128 + r);
           const I pair = _mm256_and_si256(i % 2 ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(15));
           const I codes = _mm256_or_si256(scatter4(pair, p, 0), _mm256_slli_epi16(scatter4(pair, p, 1), 4));
-          store(out + i * 128 + r, _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x88))));
+          store(out + i * 128 + r, _mm256_xor_si256(codes, _mm256_set1_epi8(static_cast<char>(0x11 * zero_code(values)))));
         }
       }
     }
@@ -99,12 +99,12 @@ void expand_int8(const uint8_t* mask, const uint8_t* from, uint8_t* out) {
     _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(expand16(mask + i, from, 0, all, middle), middle));
 }
 
-void expand_int4(const uint8_t* mask, const uint8_t* from, uint8_t* out) {
-  const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8), middle = _mm_set1_epi8(static_cast<char>(0x88));
+void expand_nibbles(const uint8_t* mask, const uint8_t* from, int zero, uint8_t* out) {
+  const __m128i low = _mm_set1_epi8(15), turned = _mm_set1_epi8(static_cast<char>(zero)), middle = _mm_set1_epi8(static_cast<char>(0x11 * zero));
   const uint8_t* odd = from;
   for (int step = 0; step < kMaskBytes; step += 32)  // two steps of 16 bytes of mask are one of 128 bytes of codes
     for (int i = 0; i < 16; i += 2, out += 16) {
-      const __m128i first = expand16(mask + step + i, from, 0, low, eight), second = expand16(mask + step + 16 + i, odd, 4, low, eight);
+      const __m128i first = expand16(mask + step + i, from, 0, low, turned), second = expand16(mask + step + 16 + i, odd, 4, low, turned);
       _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(_mm_or_si128(first, _mm_slli_epi16(second, 4)), middle));
     }
 }
@@ -124,7 +124,7 @@ void expand_bitmask(const Weight& w, int64_t tile, int64_t column, int64_t colum
   for (int64_t c = 0; c < columns / kTurnColumns; ++c, mask += kMaskBytes, out += code_bytes(w.values, kTurnColumns)) {
     const uint8_t* from = w.chunk(tile, column / kTurnColumns + c);
     if (w.values == Values::int8) expand_int8(mask, from, out);
-    else if (w.values == Values::int4) expand_int4(mask, from, out);
+    else if (has_groups(w.values)) expand_nibbles(mask, from, zero_code(w.values), out);
     else expand_bf16(mask, from, out);
   }
 }
@@ -135,6 +135,7 @@ void expand(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t col
   const uint8_t* from = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + code_bytes(w.pattern, w.values, k);
   if (w.pattern == Pattern::bitmask) expand_bitmask(w, tile, block * w.g.block_columns + k, columns, from, codes);
   else if (w.values == Values::int4) expand_two_four<Values::int4>(from, columns, codes);
+  else if (w.values == Values::nf4) expand_two_four<Values::nf4>(from, columns, codes);
   else if (w.values == Values::int8) expand_two_four<Values::int8>(from, columns, codes);
   else expand_two_four<Values::bf16>(from, columns, codes);
 }

@@ -35,8 +35,8 @@ inline void expand_chunk(Values values, const uint8_t* mask, const uint8_t* from
   if (values == Values::int8) {
     const __m512i middle = _mm512_set1_epi8(static_cast<char>(kInt8Zero));
     for (int i = 0; i < 16; ++i) _mm512_store_si512(out + 64 * i, next_bytes(load_bits(mask + 8 * i), from, middle));
-  } else if (values == Values::int4) {
-    const __m512i middle = _mm512_set1_epi8(kInt4Zero);
+  } else if (has_groups(values)) {
+    const __m512i middle = _mm512_set1_epi8(static_cast<char>(zero_code(values)));
     const uint8_t* odd = from;
     for (int step = 0; step < 4; ++step)
       for (int half = 0; half < 2; ++half) {

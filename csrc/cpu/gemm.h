@@ -163,6 +163,7 @@ template <class V, int R>
 void add_base(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   if (a.activations == Activations::int8) {
     if (a.w.values == Values::int8) add_int8<V, Values::int8, false>(a, tile, u);
+    else if (a.w.values == Values::nf4) add_int8<V, Values::nf4, false>(a, tile, u);
     else if (a.w.zeros) add_int8<V, Values::int4, true>(a, tile, u);
     else add_int8<V, Values::int4, false>(a, tile, u);
     return;

@@ -1,6 +1,6 @@
 // Packed weights -> the panels that float_panel reads: `steps` rows of 32 lanes of 4 bytes.
 //
-//   forward    lane = row of the tile, step = 1 column (fp32) or 2 columns (bf16 pair); values are code - zero, the scale waits
+//   forward    lane = row of the tile, step = 1 column (fp32) or 2 columns (bf16 pair); values are code - zero (nf4: the book's), the scale waits
 //   backward   lane = one of 32 columns, step = row of W (fp32) or 2 rows (bf16 pair); values are whole weights, because the
 //              sum runs over rows; in bf16 they are rounded, as a bf16 layer's are
 #pragma once
@@ -26,15 +26,14 @@ Block block_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t 
     expand_columns(w, tile, block, k, columns, codes);
     b.codes = codes;
   }
-  const uint8_t* scales = packed + g.block_bytes - kScaleBytes;
   const uint8_t* nibbles = w.zeros + (tile * g.blocks + block) * kZeroBytes;
   for (int n = 0; n < kTileRows; n += V::kLanes) {
-    V::store(b.scale + n, has_scales(w.values) ? V::load_fp16(scales + 2 * n) : V::set1(1.0f));
+    V::store(b.scale + n, has_scales(w.values) ? block_scale<V>(w.values, w, tile, packed, n / V::kLanes) : V::set1(1.0f));
     if (w.zeros) {  // byte i: rows i and 16 + i
       const auto z = V::widen_u8(nibbles + n % 16);
       V::istore(b.zero + n, n < 16 ? V::iand(z, V::iset1(15)) : V::template shr32<4>(z));
     } else {
-      V::istore(b.zero + n, V::iset1(w.values == Values::int4 ? kInt4Zero : w.values == Values::int8 ? kInt8Zero : 0));
+      V::istore(b.zero + n, V::iset1(zero_code(w.values)));
     }
   }
   return b;
@@ -60,6 +59,15 @@ void decode_fp32(Values values, const Block& b, int64_t k, int64_t columns, floa
         for (int j = 0; j < 4; ++j, v = V::template shr32<8>(v)) {
           V::store(out + j * kTileRows, V::to_float(V::isub(V::iand(v, low), zero)));
           V::store(out + (4 + j) * kTileRows, V::to_float(V::isub(V::iand(V::template shr32<4>(v), low), zero)));
+        }
+      }
+    } else if (values == Values::nf4) {
+      for (int64_t c = 0; c < columns; c += 8, p += 128, out += 8 * kTileRows) {
+        auto v = V::iload(p);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j, v = V::template shr32<8>(v)) {
+          V::store(out + j * kTileRows, lookup16(kNf4Tables.values, v));
+          V::store(out + (4 + j) * kTileRows, lookup16(kNf4Tables.values, V::template shr32<4>(v)));
         }
       }
     } else if (values == Values::int8) {
@@ -96,6 +104,13 @@ void decode_bf16(Values values, const Block& b, int64_t k, int64_t columns, floa
       const I minus = V::isub(V::izero(), zero);  // of a 32-bit lane; its low half twice:
       const I offset = V::ixor(V::iand(minus, V::iset1(0xffff)), V::template shl32<16>(minus));
       auto put = [&](int64_t step, I code) { V::istore(out + step * kTileRows, V::lookup32_16(table, V::iadd16(V::iand(code, low), offset))); };
+      for (int64_t c = 0; c < columns; c += 8, p += 128, out += 4 * kTileRows) {
+        const I v = V::iload(p);
+        put(0, v), put(1, V::template shr16<8>(v)), put(2, V::template shr16<4>(v)), put(3, V::template shr16<12>(v));
+      }
+    } else if (values == Values::nf4) {
+      const I table = V::iload(kNf4Tables.bf16);
+      auto put = [&](int64_t step, I code) { V::istore(out + step * kTileRows, V::lookup32_16(table, code)); };
       for (int64_t c = 0; c < columns; c += 8, p += 128, out += 4 * kTileRows) {
         const I v = V::iload(p);
         put(0, v), put(1, V::template shr16<8>(v)), put(2, V::template shr16<4>(v)), put(3, V::template shr16<12>(v));
@@ -144,7 +159,8 @@ void decode_transposed(const Weight& w, int64_t tile, int64_t k, float* to) {
       return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), zero)), _mm256_set1_ps(b.scale[r]));
     } else {
       const __m256i shifts = _mm256_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28);
-      const __m256i code = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(word(p)), shifts), _mm256_set1_epi32(15));
+      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(word(p)), shifts), code = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+      if constexpr (values == Values::nf4) return _mm256_mul_ps(lookup16(kNf4Tables.values, code), _mm256_set1_ps(b.scale[r]));
       return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero)), _mm256_set1_ps(b.scale[r]));
     }
   };
@@ -158,6 +174,7 @@ void decode_transposed(const Weight& w, int64_t tile, int64_t k, float* to) {
 template <class V, bool bf16>
 void decode_transposed(const Weight& w, int64_t tile, int64_t k, float* to) {
   if (w.values == Values::int4) decode_transposed<V, Values::int4, bf16>(w, tile, k, to);
+  else if (w.values == Values::nf4) decode_transposed<V, Values::nf4, bf16>(w, tile, k, to);
   else if (w.values == Values::int8) decode_transposed<V, Values::int8, bf16>(w, tile, k, to);
   else decode_transposed<V, Values::bf16, bf16>(w, tile, k, to);
 }

@@ -8,6 +8,7 @@
 // in L1 costs as many loads and, where M is small, stores that nothing hides.
 #pragma once
 #include "../kernels.h"
+#include "values.h"
 
 namespace calora {
 namespace {
@@ -26,15 +27,19 @@ CALORA_INLINE typename V::I broadcast4(const void* p) {
   return V::iset1(v);
 }
 
-// Four columns: acc[r] += w . x[r]. int32 sums with VNNI; else int16 sums, which hold 8 steps of codes up to 15.
-template <class V, int RS>
+// Whether sums are of 32 bits all along, or first of 16.
+template <class V, Values values>
+constexpr bool kSum32 = V::kVnni || values == Values::nf4;
+
+// Four columns: acc[r] += w . x[r]. Sums of 16 bits hold 8 steps of codes up to 15.
+template <class V, bool sum32, int RS>
 CALORA_INLINE void int_step(typename V::I (&acc)[RS][2], typename V::I w0, typename V::I w1, const int8_t* x) {
   CALORA_UNROLL
   for (int r = 0; r < RS; ++r) {
     const auto xr = broadcast4<V>(x + 4 * r);
-    if constexpr (V::kVnni) {
-      acc[r][0] = V::dot(acc[r][0], w0, xr);
-      acc[r][1] = V::dot(acc[r][1], w1, xr);
+    if constexpr (sum32) {
+      acc[r][0] = dot4<V>(acc[r][0], w0, xr);
+      acc[r][1] = dot4<V>(acc[r][1], w1, xr);
     } else {
       acc[r][0] = V::iadd16(acc[r][0], V::maddubs(w0, xr));
       acc[r][1] = V::iadd16(acc[r][1], V::maddubs(w1, xr));
@@ -43,14 +48,14 @@ CALORA_INLINE void int_step(typename V::I (&acc)[RS][2], typename V::I w0, typen
   }
 }
 
-// Columns of int4 codes: both nibbles of a byte.
-template <class V, int RS, int R>
-CALORA_INLINE void int4_dots(const uint8_t* codes, const int8_t* x, int64_t columns, typename V::I (&acc)[RS][2]) {
-  const auto low = V::iset1_8(15);
+// Columns of 4-bit codes: both nibbles of a byte.
+template <class V, Values values, int RS, int R>
+CALORA_INLINE void nibble_dots(const uint8_t* codes, const int8_t* x, int64_t columns, typename V::I (&acc)[RS][2]) {
+  auto nibbles = [](typename V::I v) __attribute__((always_inline)) { return multipliers<V, values>(V::iand(v, V::iset1_8(15))); };
   for (int64_t k = 0; k < columns; k += 8, codes += 128, x += 8 * R) {
     const auto p0 = V::iload(codes), p1 = V::iload(codes + V::kBytes);
-    int_step<V, RS>(acc, V::iand(p0, low), V::iand(p1, low), x);
-    int_step<V, RS>(acc, V::iand(V::template shr16<4>(p0), low), V::iand(V::template shr16<4>(p1), low), x + 4 * R);
+    int_step<V, kSum32<V, values>, RS>(acc, nibbles(p0), nibbles(p1), x);
+    int_step<V, kSum32<V, values>, RS>(acc, nibbles(V::template shr16<4>(p0)), nibbles(V::template shr16<4>(p1)), x + 4 * R);
   }
 }
 
@@ -62,7 +67,7 @@ CALORA_INLINE void int8_dots(const uint8_t* codes, const int8_t* x, int64_t colu
     auto p0 = V::iload(codes), p1 = V::iload(codes + V::kBytes);
     if constexpr (nibble == 1) p0 = V::template shr16<4>(p0), p1 = V::template shr16<4>(p1);
     if constexpr (nibble >= 0) p0 = V::iand(p0, low), p1 = V::iand(p1, low);
-    int_step<V, RS>(acc, p0, p1, x);
+    int_step<V, V::kVnni, RS>(acc, p0, p1, x);
   }
 }
 
@@ -99,20 +104,20 @@ CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const floa
   // The zero point is folded in: sum (code - zero) x = sum code x - zero * sum x. Sums wrap, and end up in range.
   auto start = [&](int r, int v) __attribute__((always_inline)) {
     if constexpr (zeros) return V::imul(V::iload(w.zero + n + v * L), V::iset1(-x_sum[r]));
-    else return V::iset1(static_cast<int32_t>(-static_cast<uint32_t>(values == Values::int4 ? kInt4Zero : kInt8Zero) * static_cast<uint32_t>(x_sum[r])));
+    else return V::iset1(static_cast<int32_t>(-static_cast<uint32_t>(kOffset<V, values>) * static_cast<uint32_t>(x_sum[r])));
   };
   I sum[RS][2];
-  if constexpr (V::kVnni) {
+  if constexpr (kSum32<V, values>) {
     CALORA_UNROLL
     for (int r = 0; r < RS; ++r) sum[r][0] = start(r, 0), sum[r][1] = start(r, 1);
-    if constexpr (values == Values::int4) int4_dots<V, RS, R>(codes, x, w.columns, sum);
+    if constexpr (has_groups(values)) nibble_dots<V, values, RS, R>(codes, x, w.columns, sum);
     else int8_dots<V, RS, R, -1>(codes, x, w.columns, sum);
   } else {
     alignas(64) int32_t sums[RS][2 * L];
     for (int r = 0; r < RS; ++r) V::istore(sums[r], start(r, 0)), V::istore(sums[r] + L, start(r, 1));
     for (int64_t k = 0; k < w.columns; k += 32, x += 32 * R) {
       if constexpr (values == Values::int4) {
-        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int4_dots<V, RS, R>(codes + 16 * k, x, 32, part); });
+        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { nibble_dots<V, values, RS, R>(codes + 16 * k, x, 32, part); });
       } else {  // vpmaddubsw saturates on bytes, not on nibbles: code = 16 * high + low
         add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 0>(codes + 32 * k, x, 32, part); });
         add_int16_dots<V, RS>(sums, 16, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 1>(codes + 32 * k, x, 32, part); });
@@ -124,7 +129,7 @@ CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const floa
   const auto s0 = V::load(w.scale + n), s1 = V::load(w.scale + n + L);
   CALORA_UNROLL
   for (int r = 0; r < RS; ++r) {
-    const auto sx = V::set1(x_scale[r]);
+    const auto sx = V::set1(x_scale[r] * kUnit<values>);
     float* y = acc + r * kTileRows + n;
     V::store(y, V::fma(V::to_float(sum[r][0]), V::mul(sx, s0), V::load(y)));
     V::store(y + L, V::fma(V::to_float(sum[r][1]), V::mul(sx, s1), V::load(y + L)));

@@ -12,7 +12,8 @@
 namespace calora {
 namespace {
 
-// Whether prefill multiplies bf16 by bf16: x is bf16, and every kind of code is exact in bf16 (scales wait for fp32).
+// Whether prefill multiplies bf16 by bf16: x is bf16, and every kind of code is exact in bf16, or rounded as a bf16
+// weight is (nf4); scales wait for fp32.
 template <class V>
 bool prefill_bf16_dot(const LinearArgs& a) {
   return V::kBf16Dot && a.activations == Activations::exact && a.x_dtype == DType::bf16;

@@ -47,7 +47,7 @@ void widen_row(const X* x, int64_t valid, int64_t columns, float* out) {
   for (int64_t k = full; k < columns; k += L) V::store(out + k, k < valid ? V::load_part(x + k, valid - k) : V::zero());
 }
 
-// bf16 x in the order in which decoding multiplies it: columns 0 2 4 6 1 3 5 7 of every eight for int4 codes, whose even and
+// bf16 x in the order in which decoding multiplies it: columns 0 2 4 6 1 3 5 7 of every eight for 4-bit codes, whose even and
 // odd columns come out of a 16-bit lane together (decode.h); unchanged otherwise.
 void copy_bf16(const uint16_t* x, int64_t valid, int64_t columns, bool pairs, uint16_t* out) {
   std::memcpy(out, x, 2 * static_cast<std::size_t>(valid));
@@ -74,7 +74,7 @@ void prepare_rows(const LinearArgs& a, const X* x, int64_t row_begin, int64_t ro
     const bool bf16 = uses_bf16_dot<V>(a);
     if (!bf16) widen_row<V>(row, in, g.columns, a.xf + m * g.columns);
     if constexpr (sizeof(X) == 2) {
-      if (bf16) copy_bf16(row, in, g.columns, a.w.values == Values::int4, a.xb + m * g.columns);
+      if (bf16) copy_bf16(row, in, g.columns, has_groups(a.w.values), a.xb + m * g.columns);
     }
   }
 }

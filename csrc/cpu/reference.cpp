@@ -44,7 +44,7 @@ uint16_t load16(const uint8_t* p) {
   return v;
 }
 
-// Code minus zero point, and scale, of one weight: column k of row n.
+// Code minus zero point (nf4: the code), and scale, of one weight: column k of row n.
 struct Element { int code; float scale; };
 
 struct Place {  // of one weight in its tile
@@ -70,42 +70,50 @@ int kept_element(const uint8_t* places, const Place& at) {
 int two_four_code(Values v, const Place& at) {
   const uint8_t* turn = at.block + at.column / kTurnColumns * turn_bytes(v);
   const int e = kept_element(turn + turn_bytes(v) - kPlaceBytes, at);
-  if (e < 0) return 0;
+  if (e < 0) return v == Values::nf4 ? kNf4Zero : 0;
   if (v == Values::int8) return static_cast<int8_t>(turn[e / 4 * 128 + 4 * at.row + e % 4]);
   const uint8_t byte = turn[e / 8 * 128 + 4 * at.row + e % 4];
-  return ((e % 8 < 4 ? byte & 15 : byte >> 4) ^ 8) - 8;
+  const int stored = e % 8 < 4 ? byte & 15 : byte >> 4;
+  return v == Values::nf4 ? stored ^ kNf4Zero : (stored ^ 8) - 8;
 }
 
-// Unstructured: where the code of a weight lies in its chunk, counted in codes, or -1. int4: bit 0 is the nibble.
+// Unstructured: where the code of a weight lies in its chunk, counted in codes, or -1. Codes of 4 bits: bit 0 is the nibble.
 int64_t kept_place(const Weight& w, const Place& at) {
   const int64_t c = at.column % kTurnColumns;
-  const bool bf16 = w.values == Values::bf16, int4 = w.values == Values::int4;
+  const bool bf16 = w.values == Values::bf16, nibbles = has_groups(w.values);
   const int64_t bit = bf16 ? c / 2 * 64 + 2 * at.row + c % 2 : c / 4 * 128 + 4 * at.row + c % 4;
   const uint8_t* mask = at.block + at.column / kTurnColumns * kMaskBytes;
   if (!(mask[bit / 8] >> bit % 8 & 1)) return -1;
-  const int64_t odd = bit / 128 % 2;  // step of int4
+  const int64_t odd = bit / 128 % 2;  // step of nibbles
   int64_t before = __builtin_popcount(mask[bit / 8] & ((1 << bit % 8) - 1));
   for (int64_t i = 0; i < bit / 8; ++i)
-    if (!int4 || i / 16 % 2 == odd) before += __builtin_popcount(mask[i]);
-  return int4 ? 2 * before + odd : before;
+    if (!nibbles || i / 16 % 2 == odd) before += __builtin_popcount(mask[i]);
+  return nibbles ? 2 * before + odd : before;
 }
 
 int bitmask_code(const Weight& w, const uint8_t* chunk, const Place& at) {
   const int64_t place = kept_place(w, at);
-  if (place < 0) return 0;
+  if (place < 0) return w.values == Values::nf4 ? kNf4Zero : 0;
   if (w.values == Values::int8) return chunk[place] - kInt8Zero;
-  return (place % 2 ? chunk[place / 2] >> 4 : chunk[place / 2] & 15) - kInt4Zero;
+  const int code = place % 2 ? chunk[place / 2] >> 4 : chunk[place / 2] & 15;
+  return w.values == Values::nf4 ? code : code - kInt4Zero;
+}
+
+float scale_of(const Weight& w, int64_t tile, const Place& at) {
+  const uint8_t* scales = at.block + w.g.block_bytes - scale_bytes(w.values);
+  if (w.values == Values::nf4) return from_fp16(static_cast<uint16_t>(scales[at.row] << kScaleShift)) * w.outer_scale(tile);
+  return from_fp16(load16(scales + 2 * at.row));
 }
 
 Element element(const Weight& w, int64_t n, int64_t k) {
   const Place at = place(w, n, k);
   const int64_t c = at.column;
-  const float scale = from_fp16(load16(at.block + w.g.block_bytes - kScaleBytes + 2 * at.row));
+  const float scale = scale_of(w, n / kTileRows, at);
   if (w.pattern == Pattern::two_four) return {two_four_code(w.values, at), scale};
   if (w.pattern == Pattern::bitmask) return {bitmask_code(w, w.chunk(n / kTileRows, k / kTurnColumns), at), scale};
   if (w.values == Values::int8) return {at.block[c / 4 * 128 + 4 * at.row + c % 4] - kInt8Zero, scale};
   const uint8_t byte = at.block[c / 8 * 128 + 4 * at.row + c % 4];
-  int zero = kInt4Zero;
+  int zero = w.values == Values::nf4 ? 0 : kInt4Zero;
   if (w.zeros) {
     const uint8_t z = w.zeros[(n / kTileRows * w.g.blocks + k / w.g.block_columns) * kZeroBytes + at.row % 16];
     zero = at.row < 16 ? z & 15 : z >> 4;
@@ -128,7 +136,7 @@ float bf16_value(const Weight& w, int64_t n, int64_t k) {
 float value(const Weight& w, int64_t n, int64_t k) {
   if (w.values == Values::bf16) return bf16_value(w, n, k);
   const Element e = element(w, n, k);
-  return e.scale * static_cast<float>(e.code);
+  return e.scale * (w.values == Values::nf4 ? kNf4[e.code] : static_cast<float>(e.code));
 }
 
 // int8 activations: per row and block, scale = amax / 127, round half to even. A NaN or an infinity makes the scale NaN.
@@ -182,15 +190,16 @@ double base_sum(const LinearArgs& a, int64_t m, int64_t n) {
       sum += static_cast<double>(a.xf[m * g.columns + k]) * value(a.w, n, k);
     return sum;
   }
+  const bool nf4 = a.w.values == Values::nf4;
   for (int64_t b = 0; b < g.blocks; ++b) {
     int32_t dot = 0;  // |dot| <= 127 * 127 * columns: 2^31 is reached above 133,000 columns, refused by the op
     float scale = 0;
     for (int64_t c = 0; c < g.block_columns; ++c) {
       const Element e = element(a.w, n, b * g.block_columns + c);
-      dot += e.code * a.xq[m * g.columns + b * g.block_columns + c];
+      dot += (nf4 ? nf4_part(e.code) : e.code) * a.xq[m * g.columns + b * g.block_columns + c];
       scale = e.scale;
     }
-    sum += static_cast<double>(dot) * a.x_scale[m * g.blocks + b] * scale;
+    sum += static_cast<double>(dot) / (nf4 ? kNf4Parts : 1) * a.x_scale[m * g.blocks + b] * scale;
   }
   return sum;
 }

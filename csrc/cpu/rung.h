@@ -15,7 +15,7 @@ template <class V>
 void prepare_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
   if (a.m > kDecodeRows) return prefill_prepare<V>(a, row_begin, row_end);
   prepare<V>(a, row_begin, row_end);
-  if (a.w.pattern == Pattern::two_four && a.activations == Activations::int8) offset_x(a, row_begin, row_end);
+  if (a.w.pattern == Pattern::two_four && a.activations == Activations::int8 && a.w.values != Values::nf4) offset_x(a, row_begin, row_end);
 }
 
 template <class V>

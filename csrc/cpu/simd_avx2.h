@@ -71,6 +71,10 @@ struct Simd {
     even = _mm256_permute2f128_ps(a, b, 0x20);
     odd = _mm256_permute2f128_ps(a, b, 0x31);
   }
+  // 8 bytes, each an fp16 number but for the shift.
+  template <int shift> static F load_small_floats(const void* p) {
+    return _mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p))), shift));
+  }
   static F load_fp16(const void* p) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   // Round to nearest even; a NaN stays a NaN (its payload may round to infinity, hence the blend).
   static void store(uint16_t* p, F v) {
@@ -111,6 +115,12 @@ struct Simd {
     const __m128i s = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(s, s));
   }
+  // 16 bytes by each index byte, which is below 16.
+  static I lookup8(const uint8_t* table, I index) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+  }
+  static I abs8(I v) { return _mm256_abs_epi8(v); }
+  static I sign8(I v, I by) { return _mm256_sign_epi8(v, by); }  // v, -v or, where by is 0, anything
   static int isum(I v) {
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));

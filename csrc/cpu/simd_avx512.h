@@ -64,6 +64,10 @@ struct Simd {
     odd = _mm512_permutex2var_ps(even, hi, odd);
     even = first;
   }
+  // 16 bytes, each an fp16 number but for the shift.
+  template <int shift> static F load_small_floats(const void* p) {
+    return _mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))), shift));
+  }
   static F load_fp16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
 
   static I izero() { return _mm512_setzero_si512(); }
@@ -92,7 +96,12 @@ struct Simd {
   static I widen_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store_i8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v)); }
   static int isum(I v) { return _mm512_reduce_add_epi32(v); }
-  static F lookup16(F table, I index) { return _mm512_permutexvar_ps(index, table); }  // by the low 4 bits of each lane
+  // 16 bytes by each index byte, which is below 16.
+  static I lookup8(const uint8_t* table, I index) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+  }
+  static I abs8(I v) { return _mm512_abs_epi8(v); }
+  static I sign8(I v, I by) { return _mm512_mask_sub_epi8(v, _mm512_movepi8_mask(by), izero(), v); }  // v, -v or, where by is 0, anything
 
 #ifdef __AVX512VNNI__
   // acc (int32) + the four products u8 * s8 of each lane.
