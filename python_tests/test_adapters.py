@@ -248,7 +248,7 @@ def test_a_merge_that_fails_changes_nothing(two):
     assert torch.equal(logits(small), before) and "huge" in cx.list_adapters(small)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(weights=w, sparsity=s) for w in ("int4", "bf16") for s in ("2:4", 0.5)], ids=lambda r: f"{r.weights}-{r.sparsity}")
+@pytest.mark.parametrize("recipe", [Recipe(weights=w, sparsity=s) for w in ("int4", "nf4", "bf16") for s in ("2:4", 0.5)], ids=lambda r: f"{r.weights}-{r.sparsity}")
 def test_a_merge_leaves_every_zero_of_a_sparse_layer(tmp_path, recipe):
     small = llama()
     compress(small, recipe)

@@ -113,6 +113,7 @@ def test_compressed_directory_is_complete(world):
         (["--sparsity", "2:4", "--rates", "arithmetic"], ["no meaning for sparsity='2:4'"]),
         (["--sparsity", "0.5", "--rates", "missing.json"], ["missing.json"]),
         (["--group-size", "48"], ["group_size", "48"]),
+        (["--weights", "nf4", "--no-symmetric"], ["nf4 has no zero points"]),
         (["--skip", "("], ["regex"]),
         (["--rounding", "gptq"], ["calibration"]),
         (["--calibration", "nothing.txt"], ["nothing.txt"]),
@@ -368,6 +369,20 @@ def test_sparse_from_estimate_to_inspect(calora, world, tmp_path):
     assert "format" not in rows["model.norm.weight"]
     assert calora("generate", tmp_path / "sparse", "--prompt", "the cat", "--max-new-tokens", 2).code == 0
     assert calora("eval", tmp_path / "sparse", "--data", world / "test.txt").json["perplexity"] > 1
+
+
+def test_nf4_from_estimate_to_inspect(calora, world, tmp_path):
+    options = ("--weights", "nf4", "--lm-head", "nf4")
+    estimated = calora("estimate", world / "dense", *options).json
+    done = calora("compress", world / "dense", "-o", tmp_path / "nf4", *options)
+    assert done.json["recipe"]["weights"] == "nf4" and "nf4 g64" in done.out and done.json["coverage"]["bytes"] == estimated["bytes"]
+    rows = {row["name"]: row for row in calora("inspect", tmp_path / "nf4").json}
+    q = "model.layers.0.self_attn.q_proj"
+    stored = rows[f"{q}.packed"]["bytes"] + rows[f"{q}.outer_scales"]["bytes"]
+    assert rows[f"{q}.packed"]["format"] == "nf4 g64" and rows["lm_head.packed"]["format"] == "nf4 g64"
+    assert rows[f"{q}.packed"]["bits_per_weight"] == 8 * stored / cx.load(tmp_path / "nf4").get_submodule(q).weight.numel()
+    assert calora("generate", tmp_path / "nf4", "--prompt", "the cat", "--max-new-tokens", 2).code == 0
+    assert calora("eval", tmp_path / "nf4", "--data", world / "test.txt").json["perplexity"] > 1
 
 
 def test_unstructured_from_compress_to_inspect(calora, world, tmp_path):

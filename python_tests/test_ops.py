@@ -7,7 +7,7 @@ from formats_table import pack
 from calora_ext import CompressedLinear, WeightFormat, ops
 
 FMT = WeightFormat("int4", 64)
-each_pattern = pytest.mark.parametrize("fmt", [FMT, WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int8", pattern="unstructured")], ids=str)
+each_pattern = pytest.mark.parametrize("fmt", [FMT, WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int8", pattern="unstructured"), WeightFormat("nf4", 64)], ids=str)
 
 
 def arguments(m=3, in_=100, out=70, rank=12, identity_rank=8, dtype=torch.float32, grad=False, fmt=FMT):
