@@ -71,8 +71,8 @@ def with_lora(group: Group, name: str, nbytes: int, copies: int, base: Callable[
 def calora(group: Group) -> dict[str, Case]:
     rows: dict[str, Case] = {}
     decode = group.m <= 8
-    for fmt in (WeightFormat("int4", 128), WeightFormat("int4", 64), WeightFormat("int8"), WeightFormat("bf16")):
-        name = f"calora {fmt.values}" + (f" g{fmt.group_size}" if fmt.values == "int4" else "")
+    for fmt in (WeightFormat("int4", 128), WeightFormat("int4", 64), WeightFormat("nf4", 64), WeightFormat("int8"), WeightFormat("bf16")):
+        name = f"calora {fmt.values}" + (f" g{fmt.group_size}" if fmt.group_size > 0 else "")
         banks = [(0, 0), (RANK, RANK)]  # (rank, identity rank)
         if fmt.values == "int4" and decode:
             banks += [(2 * RANK, RANK), (64, 64)]

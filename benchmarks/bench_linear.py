@@ -37,7 +37,7 @@ def groups() -> list[Group]:
 
 
 def rows(group: Group) -> list[str]:
-    names = OURS + EXACT + ["calora int8", "calora bf16"] + TORCH
+    names = OURS + EXACT + ["calora nf4 g64", "calora nf4 g64 + LoRA r16", "calora int8", "calora bf16"] + TORCH
     names += BANKS if group.m <= 8 else []
     return names + (OTHERS if group.isa.startswith("avx512") else [])
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SHAPE = (4096, 11008)  # in and out of a 7B Llama's MLP
 LORA = " + LoRA r16"
-ROWS = ("calora int4 g128", "calora int4 g64", "calora int8", "calora bf16", "torch int4 g128", "torch dynamic int8", "bitsandbytes nf4",
+ROWS = ("calora int4 g128", "calora int4 g64", "calora nf4 g64", "calora int8", "calora bf16", "torch int4 g128", "torch dynamic int8", "bitsandbytes nf4",
         "onnxruntime int4", "torch bf16", "torch fp32")  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from .errors import CaloraError
 from .measure import copies_for, interleaved
 from .recipe import Recipe
 
-DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("int8", {}), ("bf16", {})))
+DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("nf4", {}), ("int8", {}), ("bf16", {})))
 SPARSE = tuple(Recipe(weights=w, sparsity=s) for w, s in (("int4", "2:4"), ("int4", 0.5), ("int4", 0.7), ("int8", 0.7)))
 Forward = Callable[..., Tensor]  # (x) or, where the LoRA is fused, (x, down, up) -> y
 
