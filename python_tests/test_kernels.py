@@ -125,6 +125,27 @@ def test_sparse_weights_of_any_density(rung, fmt, density):
         assert (dx.double() - want).norm() <= 3e-6 * want.norm(), m
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+def test_sparse_decode_of_every_m(rung, fmt, density):
+    """M from 1 to 8 on shapes that give several tiles to every stream, or fewer than there are streams; fp32 and bf16 x."""
+    rng = random.Random(f"{fmt} {density}")
+    for m in range(1, 9):
+        in_, out, rank = rng.randint(1, 300), rng.randint(1, 400 if rung != "reference" else 70), rng.choice([0, 1, 16, 64])
+        packed, bias, down, up = layer(fmt, out, in_, rank, torch.float32, m, density)
+        dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
+        x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m))
+        if fmt.values != "bf16":
+            want = in_float64(x, met_by_int8(fmt, packed, out, in_), bias, down, up, rank // 2, quantised_activations(x, fmt, in_))
+            y = ops.linear(x, tensors, fmt, in_, out, bias, down, up, rank // 2, "int8")
+            assert (y.double() - want).norm() <= 3e-6 * want.norm(), (m, in_, out, rank)
+        for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 3e-3)):  # of bf16 the result is rounded
+            given = [None if v is None else v.to(dtype) for v in (x, bias, down, up)]
+            want = in_float64(given[0], dense, *given[1:], rank // 2)
+            y = ops.linear(given[0], tensors, fmt, in_, out, *given[1:], rank // 2, "exact")
+            assert (y.double() - want).norm() <= tolerance * want.norm(), (m, in_, out, rank, dtype)
+
+
 @pytest.mark.parametrize("seed", range(2 * len(FORMATS)))
 def test_random_ragged_prefill(rung, seed):
     """Any M above the decode rows, any shape, every panel height: both activation modes and the backward of it."""

@@ -414,12 +414,12 @@ struct Bf16Path {
 
 // Tiles in kStreams runs, which are consecutive and differ in length by one at most: each streams on where it stopped.
 struct Runs {
-  int64_t begin, length, longer;  // tiles; the first `longer` runs have one tile more than length
-  Runs(int64_t tile_begin, int64_t tile_end)
-      : begin(tile_begin), length((tile_end - tile_begin) / kStreams), longer((tile_end - tile_begin) % kStreams) {}
+  int64_t begin, streams, length, longer;  // tiles; the first `longer` runs have one tile more than length
+  Runs(int64_t tile_begin, int64_t tile_end, int64_t streams = kStreams)
+      : begin(tile_begin), streams(streams), length((tile_end - tile_begin) / streams), longer((tile_end - tile_begin) % streams) {}
   int64_t tile(int64_t run, int64_t i) const { return begin + run * length + (run < longer ? run : longer) + i; }
   int64_t rounds() const { return length + (longer > 0); }
-  int64_t live(int64_t i) const { return i < length ? kStreams : longer; }  // runs that have an i-th tile: the first ones
+  int64_t live(int64_t i) const { return i < length ? streams : longer; }  // runs that have an i-th tile: the first ones
 };
 
 // The bank's share of y, for all tiles before the base streams by: between the tiles its short pieces would let the stream

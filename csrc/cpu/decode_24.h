@@ -46,6 +46,11 @@ struct TwoFourPath {
   // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
   static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
 
+  // Tiles side by side, and turns of a tile before the next has its turn. int8 streams faster when it leaves prefetching to the
+  // processor (0.97 -> 1.08 of the bandwidth), int4 when it does not (0.85 -> 1.03): benchmarks/NOTES.md.
+  static constexpr int64_t kTiles = kStreams, kVisit = values == Values::int4 ? 2 : 1;
+  static constexpr bool kPrefetch = values == Values::int4;
+
   struct Sums {
     I products[M][R], weights[R];
     __attribute__((always_inline)) void clear() {
@@ -58,10 +63,32 @@ struct TwoFourPath {
     }
   };
 
-  // `turns` turns of one tile, G registers from `first` on; x: its first row at the first column.
+  static const int8_t* x(const LinearArgs& a) { return a.xq; }
+
+  // `turns` turns of one tile. x: its first row at the first turn's first column.
+  __attribute__((always_inline)) static void multiply(const Weight&, int64_t, int64_t, int64_t turns, const uint8_t* p, const int8_t* x, int64_t row, Sums& sums) {
+    constexpr int G = sparse_regs<V, M>();
+#pragma GCC unroll 4
+    for (int first = 0; first < R; first += G) registers<G>(p, turns, x, row, first, sums);
+  }
+
+  __attribute__((always_inline)) static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      auto scale = block_scale<V>(values, a.w, 0, p, i);
+      if constexpr (kTimes16) scale = V::mul(scale, V::set1(1.0f / 16));
+      const I offset = V::template shl32<7>(sums.weights[i]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m)
+        y[m][i] = V::fma(V::to_float(V::isub(sums.products[m][i], offset)), V::mul(scale, V::set1(a.x_scale[m * a.w.g.blocks + block])), y[m][i]);
+    }
+  }
+
+ private:
+  // G registers of the sums, from `first` on.
   template <int G>
-  __attribute__((always_inline)) static void multiply(const int8_t* x, int64_t row, const uint8_t* p, int64_t turns, int first, Sums& sums) {
-    I part[M][G], weights[G];
+  __attribute__((always_inline)) static void registers(const uint8_t* p, int64_t turns, const int8_t* x, int64_t row, int first, Sums& sums) {
+    I part[M][G], weights[G], lines[G][kLines], places[G];
     auto start = [&](bool from_zero) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
@@ -70,26 +97,21 @@ struct TwoFourPath {
         for (int m = 0; m < M; ++m) part[m][g] = from_zero ? V::izero() : sums.products[m][first + g];
       }
     };
-    p += first * V::kBytes;
     if constexpr (!kSum16) start(false);
     for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
-      if (first == 0)
+      if (kPrefetch && first == 0)
 #pragma GCC unroll 18
-        for (int64_t b = 0; b < kTurnBytes; b += 64) touch(p + b);
+        for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kAhead);
       if constexpr (kSum16) start(true);
       keep_pointer(x), keep_pointer(p);
-      I lines[G][kLines], places[G];
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
+      for (int l = 0; l <= kLines; ++l)  // in the order of the addresses: another is slower from memory
 #pragma GCC unroll 4
-        for (int l = 0; l < kLines; ++l) lines[g][l] = V::iload(p + l * 128 + g * V::kBytes);
-        places[g] = V::iload(p + kTurnBytes - kPlaceBytes + g * V::kBytes);
-        if constexpr (V::kLanes == 16 && M <= 4) {  // enough registers
-#pragma GCC unroll 4
-          for (int l = 0; l < kLines; ++l) keep_loaded(lines[g][l]);
-          keep_loaded(places[g]);
+        for (int g = 0; g < G; ++g) {
+          I& to = l < kLines ? lines[g][l] : places[g];
+          to = V::iload(p + l * 128 + (first + g) * V::kBytes);
+          if constexpr (V::kLanes == 16 && M <= 4) keep_loaded(to);  // enough registers
         }
-      }
       substep<G, 0>(x, row, lines, places, part, weights), substep<G, 1>(x, row, lines, places, part, weights);
       substep<G, 2>(x, row, lines, places, part, weights), substep<G, 3>(x, row, lines, places, part, weights);
       if constexpr (kSum16) {  // a turn's 16-bit sums: at most 4 * 2 * 255 * 8; of weights, as bytes: at most 4 * 8
@@ -111,19 +133,6 @@ struct TwoFourPath {
       }
   }
 
-  __attribute__((always_inline)) static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      auto scale = V::load_fp16(p + a.w.g.block_bytes - kScaleBytes + 2 * i * V::kLanes);
-      if constexpr (kTimes16) scale = V::mul(scale, V::set1(1.0f / 16));
-      const I offset = V::template shl32<7>(sums.weights[i]);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-        y[m][i] = V::fma(V::to_float(V::isub(sums.products[m][i], offset)), V::mul(scale, V::set1(a.x_scale[m * a.w.g.blocks + block])), y[m][i]);
-    }
-  }
-
- private:
   static constexpr bool kSum16 = !V::kVnni && values == Values::int4;
   static constexpr int kLines = values == Values::int8 ? 4 : 2;  // of 128 bytes in a turn, places apart
 
@@ -176,40 +185,6 @@ struct TwoFourPath {
     return V::iadd(even, V::madd(V::template shr16<8>(x), V::template sar16<8>(w)));
   }
 };
-
-constexpr int64_t kTurnStreams = 4;  // tiles that take turns, as those of dense weights do and for the same reason (decode.h)
-
-template <class V, int M, class Path>
-void stream_turns(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  constexpr int G = sparse_regs<V, M>(), R = V::kTileRegs;
-  const Geometry& g = a.w.g;
-  const int64_t block_turns = g.block_columns / kTurnColumns, groups = (tile_end - tile_begin + kTurnStreams - 1) / kTurnStreams;
-  for (int64_t group = 0, tile = tile_begin; group < groups; ++group) {
-    const int64_t tiles = (tile_end - tile + groups - group - 1) / (groups - group);  // even shares: no lone last stream
-    const uint8_t* p = a.w.packed + tile * g.tile_bytes;
-    TileSums<V, M> y[kTurnStreams];
-    for (int64_t i = 0; i < tiles; ++i) zero_sums<V, M>(y[i]);
-    for (int64_t block = 0; block < g.blocks; ++block, p += g.block_bytes) {
-      typename Path::Sums sums[kTurnStreams];  // of blocks longer than a visit
-      for (int64_t t = 0; t < block_turns; t += kVisit) {
-        const int64_t turns = block_turns - t < kVisit ? block_turns - t : kVisit;
-        const int8_t* x = a.xq + block * g.block_columns + t * kTurnColumns;
-        for (int64_t i = 0; i < tiles; ++i) {
-          typename Path::Sums local;  // stays in registers
-          if (t) local = sums[i];
-          else local.clear();
-#pragma GCC unroll 4
-          for (int first = 0; first < R; first += G)
-            Path::template multiply<G>(x, g.columns, p + i * g.tile_bytes + t * Path::kTurnBytes, turns, first, local);
-          if (t + turns == block_turns) Path::end_block(a, block, p + i * g.tile_bytes, local, y[i]);
-          else sums[i] = local;
-        }
-      }
-    }
-    for (int64_t i = 0; i < tiles; ++i) finish_rows<V, M>(a, tile + i, y[i]);
-    tile += tiles;
-  }
-}
 
 }  // namespace
 }  // namespace calora

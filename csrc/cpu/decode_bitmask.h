@@ -3,138 +3,90 @@
 //
 // Floor per 64 weights (16 rows, 4 columns), beside 8 bytes of mask and the kept codes:
 //   the mask into a mask register, popcount, address, load, nibbles 1.5, a copy of the middle, expand, product per row of x.
-//   On Zen 4, measured one by one: mask 1.0 cycle, expand 1.4 and product 1.0 share their execution units, so that 3.4 cycles
-//   a 64 weights is the floor whatever the density; the loads (1.5, misaligned) and the rest go beside it. At 3.7 GHz that is
-//   70 G weights a second and thread: 28 GB/s of a 50 % int4 file, 21 GB/s at 70 %. It is compute that binds there; the loop
-//   below takes 3.8 cycles in L2.
+//   On Zen 4, measured: mask 1.0 cycle, expand 1.5 and product 1.0 share two execution units and add up to 3.3, whatever the
+//   density; all the rest goes beside them (together 3.35). vptestmb or vpshufbitqmb instead of kmovq cost the same, a product
+//   of expanded x by dense codes (vpcompressb) too. At 3.65 GHz that is 71 G weights a second and thread, where dense int4
+//   reads 52: no layout with one bit and one vpexpandb per 64 weights is more than 1.36 x as fast, at any density. The loop takes 3.7
+//   in L2 (0.2 of them end the blocks).
 //
 // Rungs without vpexpandb expand a block by table (expand_avx2.cpp) and multiply it as prefill does: correct and slow.
 #pragma once
 #include "expand_vbmi2.h"
-#include "gemm_decode.h"
 #include "sparse_tile.h"
 
 namespace calora {
 namespace {
 
-constexpr int64_t kMaskStreams = 2;  // tiles that take turns: each is two streams, bits and codes
-
 #ifdef __AVX512VBMI2__
 
-template <int M>
-constexpr int chains() { return M <= 4 ? 2 : 1; }  // of sums: one would wait for the latency of vpdpbusd
-template <class V, int M>
-using ChunkSums = typename V::I[chains<M>()][M][V::kTileRegs];
-
-// One chunk of a tile: sums of (unsigned code) * xq. x: its first row at the chunk's first column.
 template <class V, int M, Values values>
-__attribute__((always_inline)) inline void multiply_chunk(const int8_t* x, int64_t row, const uint8_t* mask, const uint8_t* from,
-                                                          ChunkSums<V, M>& sum) {
+struct MaskPath {
   using I = typename V::I;
-  constexpr int kChains = chains<M>();
-  const I middle = V::iset1_8(static_cast<char>(values == Values::int8 ? kInt8Zero : kInt4Zero));
-  const uint8_t* odd = from;
-  keep_pointer(x), keep_pointer(mask);
-#pragma GCC unroll 8
-  for (int s = 0; s < 8; ++s) {
-    const uint8_t* bits = mask + 16 * s;
-    I w[2];
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (values == Values::int8) w[half] = next_bytes(load_bits(bits + 8 * half), from, middle);
-      else if (s % 2) w[half] = next_nibbles<true>(load_bits(bits + 8 * half), odd, middle);
-      else w[half] = next_nibbles<false>(load_bits(bits + 8 * half), from, middle);
-    }
-    if (values == Values::int8 || s % 2 == 0) touch(from);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const I four = broadcast4<V>(x + m * row + 4 * s);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) sum[s % kChains][m][half] = V::dot(sum[s % kChains][m][half], w[half], four);
-    }
-  }
-}
+  static constexpr int R = V::kTileRegs;
 
-// The middle code times the sum of x leaves, as a zero point does; then the scales.
-template <class V, int M, Values values>
-__attribute__((always_inline)) inline void end_chunks(const LinearArgs& a, int64_t block, const uint8_t* p, const ChunkSums<V, M>& sum,
-                                                      TileSums<V, M>& y) {
-  const int64_t blocks = a.w.g.blocks;
-#pragma GCC unroll 2
-  for (int i = 0; i < V::kTileRegs; ++i) {
-    const auto scale = V::load_fp16(p + a.w.g.block_bytes - kScaleBytes + 2 * i * V::kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const int offset = (values == Values::int8 ? kInt8Zero : kInt4Zero) * a.x_sum[m * blocks + block];
-      const auto all = chains<M>() == 2 ? V::iadd(sum[0][m][i], sum[chains<M>() - 1][m][i]) : sum[0][m][i];
-      y[m][i] = V::fma(V::to_float(V::isub(all, V::iset1(offset))), V::mul(scale, V::set1(a.x_scale[m * blocks + block])), y[m][i]);
-    }
-  }
-}
+  // Tiles side by side, each two streams, and turns of a tile before the next has its turn. As in decode_24.h, int4 streams
+  // faster when it leaves prefetching to the processor, int8 when it does not.
+  static constexpr int64_t kTiles = 2, kVisit = values == Values::int4 ? 4 : 2;
+  static constexpr bool kPrefetch = values == Values::int8;
+  static constexpr int kChains = M <= 4 ? 2 : 1;  // of sums: one would wait for the latency of vpdpbusd
 
-template <class V, int M, Values values>
-void stream_chunks(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  constexpr int R = V::kTileRegs, kChains = chains<M>();
-  const Weight w = a.w;  // a copy: nothing that is stored here can change it
-  const Geometry& g = w.g;
-  const int64_t block_chunks = g.block_columns / kTurnColumns, groups = (tile_end - tile_begin + kMaskStreams - 1) / kMaskStreams;
-  for (int64_t group = 0, tile = tile_begin; group < groups; ++group) {
-    const int64_t tiles = (tile_end - tile + groups - group - 1) / (groups - group);
-    const uint8_t* p = w.packed + tile * g.tile_bytes;
-    TileSums<V, M> y[kMaskStreams];
-    for (int64_t i = 0; i < tiles; ++i) zero_sums<V, M>(y[i]);
-    for (int64_t block = 0; block < g.blocks; ++block, p += g.block_bytes) {
-      ChunkSums<V, M> sums[kMaskStreams];  // of blocks longer than a visit
-      for (int64_t c = 0; c < block_chunks; c += kVisit) {
-        const int64_t chunk = block * block_chunks + c, chunks = block_chunks - c < kVisit ? block_chunks - c : kVisit;
-        for (int64_t i = 0; i < tiles; ++i) {
-          ChunkSums<V, M> local;  // stays in registers
-#pragma GCC unroll 4
-          for (int chain = 0; chain < kChains; ++chain)
-#pragma GCC unroll 8
-            for (int m = 0; m < M; ++m)
+  struct Sums {  // of (unsigned code) * xq
+    I products[kChains][M][R];
+    __attribute__((always_inline)) void clear() {
 #pragma GCC unroll 2
-              for (int half = 0; half < R; ++half) local[chain][m][half] = c ? sums[i][chain][m][half] : V::izero();
-          const uint8_t* mask = p + i * g.tile_bytes + c * kMaskBytes;
-          for (int64_t n = 0; n < chunks; ++n, mask += kMaskBytes) {
-            touch(mask), touch(mask + 64);
-            multiply_chunk<V, M, values>(a.xq + (chunk + n) * kTurnColumns, g.columns, mask, w.chunk(tile + i, chunk + n), local);
-          }
-          if (c + chunks == block_chunks) {
-            end_chunks<V, M, values>(a, block, p + i * g.tile_bytes, local, y[i]);
-          } else {
-#pragma GCC unroll 4
-            for (int chain = 0; chain < kChains; ++chain)
+      for (int c = 0; c < kChains; ++c) calora::clear(products[c], V::izero());
+    }
+  };
+
+  static const int8_t* x(const LinearArgs& a) { return a.xq; }
+
+  // `turns` chunks of one tile. x: its first row at the first chunk's first column.
+  __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask, const int8_t* x,
+                                                      int64_t row, Sums& sums) {
+    const I middle = V::iset1_8(static_cast<char>(values == Values::int8 ? kInt8Zero : kInt4Zero));
+    I sum[kChains][M][R];
+    copy<kChains, M, R>(sums.products, 0, sum, 0);
+    for (int64_t t = 0; t < turns; ++t, mask += kMaskBytes, x += kTurnColumns) {
+      const uint8_t *from = w.chunk(tile, chunk + t), *odd = from;
+      if constexpr (kPrefetch) prefetch(mask + kAhead), prefetch(mask + kAhead + kLine);
+      keep_pointer(x), keep_pointer(mask);
 #pragma GCC unroll 8
-              for (int m = 0; m < M; ++m)
+      for (int s = 0; s < 8; ++s) {
+        const uint8_t* bits = mask + 16 * s;
+        I codes[R];
 #pragma GCC unroll 2
-                for (int half = 0; half < R; ++half) sums[i][chain][m][half] = local[chain][m][half];
-          }
+        for (int i = 0; i < R; ++i) {
+          if constexpr (values == Values::int8) codes[i] = next_bytes(load_bits(bits + 8 * i), from, middle);
+          else if (s % 2) codes[i] = next_nibbles<true>(load_bits(bits + 8 * i), odd, middle);
+          else codes[i] = next_nibbles<false>(load_bits(bits + 8 * i), from, middle);
+        }
+        if constexpr (kPrefetch) prefetch(from + kAhead);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const I four = V::iset1(load32(x + m * row + 4 * s));
+#pragma GCC unroll 2
+          for (int i = 0; i < R; ++i) sum[s % kChains][m][i] = V::dot(sum[s % kChains][m][i], codes[i], four);
         }
       }
     }
-    for (int64_t i = 0; i < tiles; ++i) finish_rows<V, M>(a, tile + i, y[i]);
-    tile += tiles;
+    copy<kChains, M, R>(sum, 0, sums.products, 0);
   }
-}
 
-#else
-
-template <class V, int M, Values values>
-void stream_chunks(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  const Geometry& g = a.w.g;
-  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-    alignas(64) float sums[M * kTileRows] = {};
-    for (int64_t b = 0; b < g.blocks; ++b) {
-      const Block w = block_of<V>(a.w, tile, b);
-      for (int64_t m = 0; m < a.m; ++m)
-        for (int reg = 0; reg < V::kTileRegs; reg += 2)
-          int_pair<V, values, false, 1, 1>(w, reg, a.xq + m * g.columns + b * g.block_columns, a.x_scale + m * g.blocks + b,
-                                           a.x_sum + m * g.blocks + b, sums + m * kTileRows);
+  // The middle code times the sum of x leaves, as a zero point does; then the scales.
+  __attribute__((always_inline)) static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
+    const int64_t blocks = a.w.g.blocks;
+#pragma GCC unroll 2
+    for (int i = 0; i < R; ++i) {
+      const auto scale = block_scale<V>(values, a.w, 0, p, i);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const int offset = (values == Values::int8 ? kInt8Zero : kInt4Zero) * a.x_sum[m * blocks + block];
+        const I all = kChains == 2 ? V::iadd(sums.products[0][m][i], sums.products[kChains - 1][m][i]) : sums.products[0][m][i];
+        y[m][i] = V::fma(V::to_float(V::isub(all, V::iset1(offset))), V::mul(scale, V::set1(a.x_scale[m * blocks + block])), y[m][i]);
+      }
     }
-    finish_rows<V, M>(a, tile, sums);
   }
-}
+};
 
 #endif
 

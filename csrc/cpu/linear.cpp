@@ -1,7 +1,7 @@
 // The driver common to all rungs: lay out the workspace, then two parallel regions.
 //   1. rows of x are quantised (or widened) and t = phi(x D^T) is computed
-//   2. the packed base streams by; every tile adds bias and t U^T: while its accumulators are live, or, decoding a dense base,
-//      from a pass over U that comes first (bank_tiles in decode.h)
+//   2. the packed base streams by; every tile adds bias and t U^T: while its accumulators are live, or, decoding, from a pass
+//      over U that comes first (bank_tiles in decode.h)
 // A region is opened only where its work pays for waking the pool. Partitions never change the order of a sum, so the
 // result does not depend on the number of threads. More than kMaxRows rows run in several passes, which bounds the workspace.
 #include "../kernels.h"

@@ -7,9 +7,9 @@ namespace calora {
 namespace {
 
 // Whether the exact path multiplies bf16 by bf16 (both exact, fp32 accumulation). Codes of int8 would have to be converted
-// one column at a time, so they take the fp32 path; so do sparse weights, which are expanded first.
+// one column at a time, so they take the fp32 path; so do sparse codes of four bits, which are expanded first.
 template <class V>
-bool uses_bf16_dot(const LinearArgs& a) { return V::kBf16Dot && a.xb && a.w.values != Values::int8 && a.w.pattern == Pattern::dense; }
+bool uses_bf16_dot(const LinearArgs& a) { return V::kBf16Dot && a.xb && (a.w.values == Values::bf16 || (has_groups(a.w.values) && a.w.pattern == Pattern::dense)); }
 
 template <class V, class X>
 void quantise_block(const X* x, int64_t valid, int64_t columns, int8_t* q, float* scale, int32_t* sum) {
