@@ -2,7 +2,7 @@
 
     taskset -c 0 env OMP_NUM_THREADS=1 python benchmarks/sparse_layers.py --shapes 4096x4096 [--isa avx2] [--m 1] [--rank 16] [--json FILE]
 
-Prints, per format: bits per weight, microseconds, GB/s of its own bytes (the bank's included), the fraction of the read
+Prints, per format: bits per weight as it runs (``ops.runs_as``), microseconds, GB/s of its own bytes (the bank's included), the fraction of the read
 bandwidth probed among the rows, how many times faster it is than the dense weight of the same value type, and than torch's
 bf16 F.linear in the same run. --json adds the rows to those that the file holds for other shapes, rungs, M and ranks.
 """
@@ -42,8 +42,10 @@ def measure(out_features: int, in_features: int, m: int, rank: int, seconds: flo
     for row in ROWS:
         if row[0] not in values:
             continue
-        fmt = format_of(*row)
-        packed = list(fmt.pack(weight, masks[row[1]]).values())
+        stored = format_of(*row)
+        fmt, packed = ops.runs_as(stored), list(stored.pack(weight, masks[row[1]]).values())
+        if fmt is not stored:
+            packed = [ops.expand(packed, stored, in_features, out_features)]
         nbytes[row] = sum(t.nbytes for t in packed) + (down.nbytes + up.nbytes if rank else 0)
         calls[row] = [
             partial(ops.linear, x, [t.clone() for t in packed], fmt, in_features, out_features, None,
@@ -60,7 +62,7 @@ def measure(out_features: int, in_features: int, m: int, rank: int, seconds: flo
     return [
         {
             "out_features": out_features, "in_features": in_features, "isa": ops.native.isa(), "threads": torch.get_num_threads(), "m": m,
-            "rank": rank, "values": row[0], "sparsity": row[1] or "dense", "bits": 8 * nbytes[row] / weight.numel(), "microseconds": 1e6 * time,
+            "rank": rank, "values": row[0], "sparsity": row[1] or "dense", "runs_as": str(ops.runs_as(format_of(*row))), "bits": 8 * nbytes[row] / weight.numel(), "microseconds": 1e6 * time,
             "gigabytes_per_second": nbytes[row] / time / 1e9, "of_read": nbytes[row] / time / 1e9 / bandwidth,
             "times_dense": times[row[0], None] / time, "times_torch_bf16": torch_time / time,
         }

@@ -130,8 +130,9 @@ class CompressedLinear(PackedModule, nn.Linear):
     def fused(self, x: Tensor, down: Tensor | None = None, up: Tensor | None = None, identity_rank: int = 0,
               activations: str | None = None) -> Tensor:  # fmt: skip
         """The base with these low-rank operands instead of the layer's own bank; see ``ops.linear``."""
+        tensors, fmt = self.running()
         return ops.linear(
-            x, list(self.packed_tensors().values()), self.format, self.in_features, self.out_features,
+            x, tensors, fmt, self.in_features, self.out_features,
             self.bias, down, up, identity_rank, activations or self.activations,
         )  # fmt: skip
 
@@ -140,7 +141,9 @@ class CompressedLinear(PackedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         bits = 8 * sum(t.numel() for t in self.packed_tensors().values()) / (self.in_features * self.out_features)
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight"
+        fmt = ops.runs_as(self.format)
+        runs = "" if fmt is self.format else f", runs as {fmt} on {ops.native.isa()}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight{runs}"
 
 
 def refuse_write(layer: nn.Module, value: Tensor) -> None:

@@ -9,6 +9,7 @@ x: (..., in_features). W is packed (``formats``). down D: (rank, in_features); u
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn.functional import pad
 from .errors import CaloraError, NotBuiltError
 from .formats import WeightFormat
 from .formats.cuda_order import arrange
-from .formats.layout import TILE_ROWS
+from .formats.layout import TILE_ROWS, VALUE_IDS, Geometry
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
 RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
@@ -76,6 +77,22 @@ def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_featur
     return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
 
 
+def runs_as(fmt: WeightFormat) -> WeightFormat:
+    """The format in which the rung in use computes fastest what is stored in ``fmt``: that one, or the dense one of its codes.
+
+    An unstructured weight needs vpexpandb (avx512-vnni). Without it, putting codes at their places takes a table look-up per 8
+    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight.
+    """
+    if fmt.pattern == "unstructured" and native.isa() in ("avx2", "avx2-vnni", "avx512"):
+        return replace(fmt, pattern="dense")
+    return fmt
+
+
+def expand(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+    """A sparse weight as the ``packed`` tensor of the dense format of the same codes and scales: the same weights, bit for bit."""
+    return torch.ops.calora.expand(packed, fmt.id, in_features, out_features, fmt.group_size)
+
+
 def tile_up(up: Tensor) -> Tensor:
     """(out_features, rank) -> (tiles, rank, 32): the order in which decoding streams it. Padding rows are 0."""
     out_features, rank = up.shape
@@ -103,6 +120,12 @@ def _(grad, packed, format, in_features, out_features, group_size):
 @torch.library.register_fake("calora::decode")
 def _(packed, format, in_features, out_features, group_size, row_begin, row_end):
     return packed[0].new_empty((row_end - row_begin, in_features), dtype=torch.float32)
+
+
+@torch.library.register_fake("calora::expand")
+def _(packed, format, in_features, out_features, group_size):
+    values = next(name for name, number in VALUE_IDS.items() if number == format % 16)
+    return packed[0].new_empty(Geometry(values, in_features, out_features, group_size, "dense").packed_shape)
 
 
 def _setup_context(ctx, inputs, output):

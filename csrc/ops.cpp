@@ -8,10 +8,12 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "cpu/expand.h"
 #include "kernels.h"
 
 namespace calora {
@@ -194,6 +196,33 @@ Tensor decode_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   return out;
 }
 
+// The dense weight of the same codes and scales, (tiles, bytes of a tile): what is not kept gets the middle code, which is 0.
+Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
+  STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
+  const Weight w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(w.pattern != Pattern::dense, "calora: the weight is dense already");
+#ifdef CALORA_X86
+  STD_TORCH_CHECK(std::strcmp(kernels().isa, kReference.isa) != 0, "calora: the reference rung expands no weights; choose another rung");
+  const Geometry dense = geometry(Pattern::dense, w.values, in_features, out_features, group_size);
+  Tensor out = torch::stable::new_empty(packed[0], {dense.tiles, dense.tile_bytes});
+  struct Task { const Weight& w; const Geometry& dense; uint8_t* out; } task{w, dense, static_cast<uint8_t*>(out.data_ptr())};
+  parallel_for(0, dense.tiles, 1, [](void* context, int64_t begin, int64_t end) {
+    auto* t = static_cast<Task*>(context);
+    const int64_t columns = t->dense.block_columns, codes = code_bytes(t->w.values, columns);
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t block = 0; block < t->dense.blocks; ++block) {
+        const uint8_t* from = t->w.packed + tile * t->w.g.tile_bytes + block * t->w.g.block_bytes;
+        uint8_t* to = t->out + tile * t->dense.tile_bytes + block * t->dense.block_bytes;
+        expand(t->w, tile, block, 0, columns, to);
+        std::memcpy(to + codes, from + t->w.g.block_bytes - kScaleBytes, static_cast<std::size_t>(t->dense.block_bytes - codes));
+      }
+  }, &task);
+  return out;
+#else
+  STD_TORCH_CHECK(false, "calora: the reference rung expands no weights, and this build has no other");
+#endif
+}
+
 // The xor of all 8-byte words of a tensor, read by every thread of the pool: timed by the caller, it probes the read bandwidth.
 int64_t read_cpu(Tensor data) {
   STD_TORCH_CHECK(data.is_cpu() && data.is_contiguous() && data.scalar_type() == ScalarType::Byte,
@@ -218,6 +247,7 @@ STABLE_TORCH_LIBRARY(calora, m) {
   m.def("linear_inference" LINEAR_ARGUMENTS);  // the same without a derivative, whose Python wrapper costs 5 us a call
   m.def("linear_dx(Tensor grad, Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
   m.def("decode(Tensor[] packed, int format, int in_features, int out_features, int group_size, int row_begin, int row_end) -> Tensor");
+  m.def("expand(Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
   m.def("read(Tensor data) -> int");
 }
 
@@ -226,6 +256,7 @@ STABLE_TORCH_LIBRARY_IMPL(calora, CPU, m) {
   m.impl("linear_inference", TORCH_BOX(&linear_cpu));
   m.impl("linear_dx", TORCH_BOX(&linear_dx_cpu));
   m.impl("decode", TORCH_BOX(&decode_cpu));
+  m.impl("expand", TORCH_BOX(&expand_cpu));
   m.impl("read", TORCH_BOX(&read_cpu));
 }
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from formats_table import FORMATS, SPARSE, pack
 
-from calora_ext import WeightFormat, ops
-from calora_ext.formats import nf4
+from calora_ext import CompressedLinear, WeightFormat, ops
+from calora_ext.formats import extent_of, nf4
 
 # (m, in, out, rank, identity_rank)
 CASES = [(1, 64, 32, 0, 0), (1, 300, 97, 17, 8), (2, 65, 31, 1, 1), (3, 128, 64, 16, 16), (7, 33, 130, 32, 16),
@@ -144,6 +144,43 @@ def test_sparse_decode_of_every_m(rung, fmt, density):
             want = in_float64(given[0], dense, *given[1:], rank // 2)
             y = ops.linear(given[0], tensors, fmt, in_, out, *given[1:], rank // 2, "exact")
             assert (y.double() - want).norm() <= tolerance * want.norm(), (m, in_, out, rank, dtype)
+
+
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+def test_expanding_gives_the_same_weights_densely(rung, fmt):
+    if rung == "reference":
+        pytest.skip("it expands nothing")
+    in_, out = 229, 75
+    dense_fmt = WeightFormat(fmt.values, fmt.group_size)
+    for density in (0.0, 0.4, 1.0):
+        packed = pack(fmt, torch.randn(out, in_, generator=torch.Generator().manual_seed(1)), density)
+        expanded = ops.expand(list(packed.values()), fmt, in_, out)
+        dense_fmt.check({"packed": expanded}, in_, out)
+        assert torch.equal(dense_fmt.decode({"packed": expanded}, in_, out), fmt.decode(packed, in_, out))
+        assert torch.equal(ops.decode([expanded], dense_fmt, in_, out), ops.decode(list(packed.values()), fmt, in_, out))
+
+
+@pytest.mark.parametrize("fmt", [f for f in SPARSE if f.pattern == "unstructured"], ids=str)
+def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
+    weight = torch.randn(70, 100, generator=torch.Generator().manual_seed(1))
+    tensors = pack(fmt, weight, 0.4)
+    layer = CompressedLinear(100, 70, False, fmt, extent=extent_of({name: t.shape for name, t in tensors.items()}))
+    layer.load_state_dict(tensors)
+    prefers_dense = rung in ("avx2", "avx2-vnni", "avx512")
+    running, running_fmt = layer.running()
+    assert running_fmt.pattern == ("dense" if prefers_dense else "unstructured")
+    assert ("runs as" in repr(layer)) == prefers_dense
+    assert layer.running()[0][0] is running[0]  # made once
+    assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())  # what is saved stays as it was
+    for m in (1, 3, 20):
+        x = torch.randn(m, 100, generator=torch.Generator().manual_seed(m))
+        want = in_float64(x, layer.decode(), torch.zeros(70), None, None, 0)
+        assert (layer.fused(x, activations="exact").double() - want).norm() <= 3e-6 * want.norm()
+    other = pack(fmt, -weight, 0.4)  # the same mask, hence the same shapes
+    layer.load_state_dict(other)  # into the same buffers
+    x = torch.randn(2, 100)
+    want = in_float64(x, fmt.decode(other, 100, 70), torch.zeros(70), None, None, 0)
+    assert (layer.fused(x, activations="exact").double() - want).norm() <= 3e-6 * want.norm()
 
 
 @pytest.mark.parametrize("seed", range(2 * len(FORMATS)))

@@ -242,6 +242,24 @@ def test_shards_are_aligned_and_replace_each_other(tmp_path):
     assert torch.equal(logits(cx.load(tmp_path), "llama"), want)
 
 
+@pytest.mark.skipif("avx2" not in cx.ops.native.available(), reason="needs a rung that runs unstructured weights as dense ones")
+def test_unstructured_layers_that_run_as_dense_ones_are_announced(tmp_path, caplog):
+    model = dense("llama")
+    cx.compress(model, cx.Recipe(sparsity=0.6, lm_head=None, activations="exact"))
+    model.save_pretrained(tmp_path)
+    before = cx.ops.native.isa()
+    cx.ops.native.set_isa("avx2")
+    try:
+        loaded = cx.load(tmp_path)
+        assert "14 unstructured layers run as dense weights, which are faster on avx2" in caplog.text
+        on_avx2 = logits(loaded, "llama")
+        loaded.save_pretrained(tmp_path / "again")
+    finally:
+        cx.ops.native.set_isa(before)
+    torch.testing.assert_close(on_avx2, logits(model, "llama"), rtol=1e-4, atol=1e-4)
+    same_packed(model, cx.load(tmp_path / "again"))
+
+
 def test_a_file_without_alignment_is_copied(tmp_path, caplog):
     model = dense("llama")
     cx.compress(model)

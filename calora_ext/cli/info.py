@@ -42,6 +42,7 @@ def machine_facts() -> dict[str, object]:
         "cpu features": ops.native.cpu_features(),
         "rungs": ops.native.available(),
         "rung chosen": ops.native.isa(),
+        "unstructured weights run as": ops.runs_as(formats.WeightFormat(pattern="unstructured")).pattern + " weights",
         "CALORA_ISA": os.environ.get("CALORA_ISA"),
         "threads": torch.get_num_threads(),
         "layout version": formats.LAYOUT_VERSION,

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .. import ops
 from ..adapters import base_only
 from ..card import model_card
 from ..compression import rates
@@ -211,12 +212,17 @@ class CaloraQuantizer(HfQuantizer):
             raise CaloraError(f"{dense[0]}.weight is missing from the checkpoint; there is nothing to compress")
         forget_ties(model)
         align_packed(model)
+        expanded: list[int] = []
         for module in compressed_modules(model).values():
-            module.packed_tensors()  # reorders what was loaded straight onto a GPU
+            tensors, fmt = module.running()  # reorders what was loaded straight onto a GPU, expands what the rung runs as dense weights
+            if fmt is not module.format:
+                expanded.append(tensors[0].nbytes)
             if isinstance(module, CompressedLinear):
                 module.activations = self.quantization_config.recipe.activations
                 if module.bias is not None:
                     module.bias.requires_grad_(False)
+        if expanded:
+            log.warning("%d unstructured layers run as dense weights, which are faster on %s: %s more memory", len(expanded), ops.native.isa(), format_bytes(sum(expanded)))
         self.pre_quantized, self.planned, self.tied = True, {}, {}
         return model
 
