@@ -43,9 +43,7 @@ def measure(out_features: int, in_features: int, m: int, rank: int, seconds: flo
         if row[0] not in values:
             continue
         stored = format_of(*row)
-        fmt, packed = ops.runs_as(stored), list(stored.pack(weight, masks[row[1]]).values())
-        if fmt is not stored:
-            packed = [ops.expand(packed, stored, in_features, out_features)]
+        packed, fmt = ops.as_it_runs(list(stored.pack(weight, masks[row[1]]).values()), stored, in_features, out_features)
         nbytes[row] = sum(t.nbytes for t in packed) + (down.nbytes + up.nbytes if rank else 0)
         calls[row] = [
             partial(ops.linear, x, [t.clone() for t in packed], fmt, in_features, out_features, None,

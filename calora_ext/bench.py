@@ -130,8 +130,8 @@ def name_of(recipe: Recipe) -> str:
 def _calora(recipe: Recipe, weight: Tensor) -> Peer:
     out_features, in_features = weight.shape
     recipe = recipe.resolve(calibrated=False)
-    fmt = recipe.format()
-    packed = list(fmt.pack(weight, recipe.mask(weight)).values())
+    stored = recipe.format()
+    packed, fmt = ops.as_it_runs(list(stored.pack(weight, recipe.mask(weight)).values()), stored, in_features, out_features)
 
     def copy() -> Forward:
         own = [t.clone() for t in packed]

@@ -21,7 +21,7 @@ class PackedModule(nn.Module):
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
-    _expanded: tuple[list, Tensor] | None = None  # what it was made of, and the dense weight that runs in its place
+    _expanded: tuple[list, tuple[list[Tensor], WeightFormat]] | None = None  # what it was made of, and what runs in its place
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, in the order of the device they are on. Whatever put them there (``.to``, a loader, an offloading
@@ -39,13 +39,12 @@ class PackedModule(nn.Module):
         another format faster (``ops.runs_as``), that one. It is made on first use and kept; the packed tensors stay what is
         saved, and mapped from a file they take no memory that something else needs."""
         tensors = list(self.packed_tensors().values())
-        fmt = ops.runs_as(self.format)
-        if fmt is self.format or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        if ops.runs_as(self.format) is self.format or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
             return tensors, self.format
         source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._expanded is None or self._expanded[0] != source:
-            self._expanded = (source, ops.expand(tensors, self.format, self.in_features, self.out_features))
-        return [self._expanded[1]], fmt
+            self._expanded = (source, ops.as_it_runs(tensors, self.format, self.in_features, self.out_features))
+        return self._expanded[1]
 
     def _apply(self, fn, recurse=True):
         # uint8 buffers are not cast by .to(dtype); the dtype that the module reports follows, as nn.Linear's would.

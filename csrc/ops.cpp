@@ -201,6 +201,7 @@ Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
   const Weight w = weight_of(packed, format, in_features, out_features, group_size);
   STD_TORCH_CHECK(w.pattern != Pattern::dense, "calora: the weight is dense already");
+  STD_TORCH_CHECK(w.values != Values::nf4, "calora: nf4 weights are not expanded in place of the sparse ones");
 #ifdef CALORA_X86
   STD_TORCH_CHECK(std::strcmp(kernels().isa, kReference.isa) != 0, "calora: the reference rung expands no weights; choose another rung");
   const Geometry dense = geometry(Pattern::dense, w.values, in_features, out_features, group_size);
