@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    full: Annotated[bool, typer.Option("--full", help="Every arm on every task and harsh format, three seeds; takes an hour or so.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Every arm on both tasks and the harsh formats, three seeds; takes an hour or so.")] = False,
     json_file: Json = None,
 ) -> None:
     """Compress a small model, carry its LoRA over, recover what was lost, time the kernel; writes ./calora-demo-report."""
