@@ -13,16 +13,17 @@ from torch import Tensor
 
 from calora_ext.formats import WeightFormat
 from calora_ext.formats.cuda_order import to_cuda_order
-from calora_ext.formats.layout import VALUE_IDS
+from calora_ext.formats.layout import PATTERN_IDS, VALUE_IDS
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("dense.cu", "bank.cu")
+SOURCES = ("dense.cu", "two_four.cu", "bank.cu")
+LAUNCHERS = {"dense": "dense", "2:4": "two_four"}  # pattern: how its launchers' names end
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 class PackedWeight(c.Structure):
-    _fields_ = [("packed", c.c_void_p), ("zeros", c.c_void_p), *((n, c.c_int64) for n in ("values", "in_features", "out_features", "group_size"))]
+    _fields_ = [("packed", c.c_void_p), ("zeros", c.c_void_p), *((n, c.c_int64) for n in ("pattern", "values", "in_features", "out_features", "group_size"))]
 
 
 class LowRank(c.Structure):
@@ -40,7 +41,7 @@ def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, sou
     build has no fp16, which halves the time it takes."""
     shutil.copytree(source / "cuda", folder / "csrc" / "cuda")
     shutil.copy(source / "layouts.h", folder / "csrc")
-    without_f16 = ("dense.cu", ("case Dtype::f16: return by_values<F16>(*args, stream);", ""))
+    without_f16 = ("linear.cuh", ("case Dtype::f16: return by_values<P, Most, F16>(a, stream);", ""))
     for name, (text, replacement) in (*mutations.items(), without_f16) if mutations else ():
         path = folder / "csrc" / "cuda" / name
         code = path.read_text()
@@ -65,12 +66,12 @@ class Emulated:
     def weight(self, packed: dict[str, Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> PackedWeight:
         ordered = {name: aligned(to_cuda_order(name, t, fmt, in_features, out_features)) for name, t in packed.items()}
         zeros = ordered["zeros"].data_ptr() if "zeros" in ordered else None
-        weight = PackedWeight(ordered["packed"].data_ptr(), zeros, VALUE_IDS[fmt.values], in_features, out_features, fmt.group_size)
+        weight = PackedWeight(ordered["packed"].data_ptr(), zeros, PATTERN_IDS[fmt.pattern], VALUE_IDS[fmt.values], in_features, out_features, fmt.group_size)
         weight.keep = ordered  # args hold bare pointers
         return weight
 
     def linear(self, x: Tensor, packed, fmt: WeightFormat, out_features: int, bias=None, down=None, up=None, identity_rank=0) -> Tensor:
-        """y, as the operator computes it: x padded where its rows are not 16-byte aligned, then bank_down, then linear_dense."""
+        """y, as the operator computes it: x padded where its rows are not 16-byte aligned, then bank_down, then the pattern's kernel."""
         m, in_features = x.shape
         stride = -(-in_features // 8) * 8
         if stride != in_features:
@@ -90,14 +91,14 @@ class Emulated:
             args.bank = LowRank(down.data_ptr(), up.data_ptr(), t.data_ptr(), DTYPES[down.dtype], rank, identity_rank,
                                 32 * rank, *((1, 32) if tiled else (rank, 1)))  # fmt: skip
             self.check(self.library.calora_cuda_bank_down(c.byref(args), None))
-        self.check(self.library.calora_cuda_linear_dense(c.byref(args), None))
+        self.check(getattr(self.library, f"calora_cuda_linear_{LAUNCHERS[fmt.pattern]}")(c.byref(args), None))
         return y
 
     def decode(self, packed, fmt: WeightFormat, in_features: int, out_features: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         out = aligned(torch.full((end - begin, in_features), float("nan"), dtype=dtype))
         weight = self.weight(packed, fmt, in_features, out_features)
-        self.check(self.library.calora_cuda_decode_dense(c.byref(weight), c.c_int64(begin), c.c_int64(end), c.c_void_p(out.data_ptr()),
-                                                         c.c_int64(DTYPES[dtype]), None))  # fmt: skip
+        launch = getattr(self.library, f"calora_cuda_decode_{LAUNCHERS[fmt.pattern]}")
+        self.check(launch(c.byref(weight), c.c_int64(begin), c.c_int64(end), c.c_void_p(out.data_ptr()), c.c_int64(DTYPES[dtype]), None))
         return out
 
     @staticmethod

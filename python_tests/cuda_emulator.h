@@ -85,7 +85,7 @@ struct Meeting {
   }
 };
 inline Meeting block_meeting, warp_meeting[32];
-inline uint32_t box[32][32][8];  // what the lanes of a warp show each other
+inline uint32_t box[32][32][9];  // what the lanes of a warp show each other
 
 inline int warp() { return current / 32; }
 inline int lane() { return current % 32; }
@@ -176,7 +176,7 @@ inline float f16(uint32_t v) {
 // d0 d1 d2 d3 hold rows g, g, g + 8, g + 8, columns 2 c, 2 c + 1, 2 c, 2 c + 1.
 template <float (*Value)(uint32_t)>
 void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t(&mine)[8] = box[warp()][lane()];
+  uint32_t(&mine)[9] = box[warp()][lane()];
   std::memcpy(mine, a, 16), mine[4] = b0, mine[5] = b1;
   warp_meeting[warp()].wait();
   for (int i = 0; i < 4; ++i) {
@@ -184,6 +184,31 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     for (int k = 0; k < 16; ++k) {
       const uint32_t va = box[warp()][row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], vb = box[warp()][column * 4 + k % 8 / 2][4 + k / 8];
       d[i] += Value(k % 2 ? va >> 16 : va & 0xffff) * Value(k % 2 ? vb >> 16 : vb & 0xffff);
+    }
+  }
+  warp_meeting[warp()].wait();
+}
+
+// d (16 x 8) += a (16 x 32, two of four kept) b (32 x 8). PTX ISA, mma.sp.m16n8k32: register i of a holds the kept pair of row
+// g + 8 (i % 2) and columns 4 (c + 4 (i / 2)) to + 3; b[i] holds rows 8 i + 2 c and the next, column g. Of the lanes
+// c = 2 half + k, the low 16 bits of the metadata are row g, the high ones row g + 8; two bits an element, columns 16 k to + 15.
+template <float (*Value)(uint32_t)>
+void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places, int half) {
+  uint32_t(&mine)[9] = box[warp()][lane()];
+  std::memcpy(mine, a, 16), std::memcpy(mine + 4, b, 16), mine[8] = places;
+  warp_meeting[warp()].wait();
+  const auto& warps = box[warp()];
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4 + 8 * (i / 2), column = lane() % 4 * 2 + i % 2;
+    for (int q = 0; q < 8; ++q) {
+      const uint32_t va = warps[row % 8 * 4 + q % 4][row / 8 + 2 * (q / 4)];
+      const uint32_t at = warps[row % 8 * 4 + 2 * half + q / 4][8] >> (row / 8 * 16 + q % 4 * 4), first = at & 3, second = at >> 2 & 3;
+      if (first >= second) fail("places of a sparse operand that are not in order");
+      for (int e = 0; e < 2; ++e) {
+        const int k = 4 * q + static_cast<int>(e ? second : first);
+        const uint32_t vb = warps[column * 4 + k % 8 / 2][4 + k / 8];
+        d[i] += Value(e ? va >> 16 : va & 0xffff) * Value(k % 2 ? vb >> 16 : vb & 0xffff);
+      }
     }
   }
   warp_meeting[warp()].wait();
@@ -200,14 +225,21 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 inline void __syncthreads() { emulator::block_meeting.wait(); }
 inline void __syncwarp() { emulator::warp_meeting[emulator::warp()].wait(); }
 template <class T>
-T __shfl_xor_sync(unsigned, T v, int mask) {
+T show(T v, int from) {  // v of lane `from`
   using namespace emulator;
   std::memcpy(box[warp()][lane()], &v, sizeof v);
   warp_meeting[warp()].wait();
-  std::memcpy(&v, box[warp()][lane() ^ mask], sizeof v);
+  std::memcpy(&v, box[warp()][from], sizeof v);
   warp_meeting[warp()].wait();
   return v;
 }
+template <class T>
+T __shfl_xor_sync(unsigned, T v, int mask) { return show(v, emulator::lane() ^ mask); }
+template <class T>
+T __shfl_up_sync(unsigned, T v, int by) { return show(v, emulator::lane() < by ? emulator::lane() : emulator::lane() - by); }
+template <class T>
+T __shfl_sync(unsigned, T v, int from) { return show(v, from); }
+inline int __popc(uint32_t v) { return __builtin_popcount(v); }
 inline uint32_t __float_as_uint(float f) {
   uint32_t v;
   std::memcpy(&v, &f, 4);
@@ -228,6 +260,21 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, Bf16>) emulator::mma<emulator::bf16>(d, a, b0, b1);
   else emulator::mma<emulator::f16>(d, a, b0, b1);
 }
+template <class T, int Half>
+void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) {
+  if constexpr (std::is_same_v<T, Bf16>) emulator::mma_sparse<emulator::bf16>(d, a, b, places, Half);
+  else emulator::mma_sparse<emulator::f16>(d, a, b, places, Half);
+}
+// PTX ldmatrix.m8n8.x4: lane 8 i + r names row r of matrix i, register i of lane (g, c) is elements 2 c, 2 c + 1 of its row g.
+inline void load_matrices(const void* row, uint32_t (&v)[4]) {
+  using namespace emulator;
+  const auto* const p = static_cast<const uint8_t*>(row);
+  if (reinterpret_cast<uintptr_t>(p) % 16 || p < shared_memory.data() || p + 16 > shared_memory.data() + shared_memory.size()) fail("a matrix row outside shared memory");
+  std::memcpy(box[warp()][lane()], p, 16);  // what is there when this lane arrives: the instruction waits for nobody's copies
+  warp_meeting[warp()].wait();
+  for (int i = 0; i < 4; ++i) v[i] = box[warp()][8 * i + lane() / 4][lane() % 4];
+  warp_meeting[warp()].wait();
+}
 inline void copy16(void* shared, const void* global, int used = 16) { emulator::copy(shared, global, 16, used); }
 template <int Bytes>
 void copy_small(void* shared, const void* global) { emulator::copy(shared, global, Bytes, Bytes); }
@@ -236,11 +283,18 @@ template <int Pending>
 void copy_wait() { emulator::wait(Pending); }
 
 inline uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) { return (q & mask) | bits; }
-// PTX prmt, default mode: nibble i of the selector picks byte i of the result out of the 8 bytes of (a, b).
+inline uint32_t and_xor(uint32_t q, uint32_t mask, uint32_t bits) { return (q & mask) ^ bits; }
+inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t bits) {
+  return bits >= 32 ? high : static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits);
+}
+// PTX prmt, default mode: nibble i of the selector picks byte i of the result out of the 8 bytes of (a, b); from 8 on its sign.
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t r = 0;
-  for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t digit = selector >> (4 * i) & 15, byte = bytes >> (8 * (digit & 7)) & 255;
+    r |= (digit < 8 ? byte : byte & 128 ? 255u : 0u) << (8 * i);
+  }
   return r;
 }
 inline float f16_to_float(uint16_t v) { return emulator::f16(v); }

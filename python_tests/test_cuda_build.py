@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc was not found: the CUDA kernels were not compiled")
 # More registers than this and a multiprocessor holds fewer blocks than the kernel was laid out for (__launch_bounds__).
-REGISTERS = {"linear_dense": 255, "decode_dense": 64, "bank_down": 128}
+REGISTERS = {"linear": 255, "decode": 64, "bank_down": 128}
+# source: kernels in it
+SOURCES = {"dense": {"linear": 24, "decode": 3}, "two_four": {"linear": 18, "decode": 3}, "bank": {"bank_down": 2}}
+TENSOR_CORE = {"dense": r"\bHMMA\.16816\.F32", "two_four": r"\bHMMA\.SP\.16832\.F32"}
 
 
 def tool(name: str) -> str | None:
@@ -26,10 +29,10 @@ def tool(name: str) -> str | None:
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """(folder with dense.cubin and bank.cubin for sm_90, what ptxas said about each)."""
+    """(folder with a cubin of each source for sm_90, what ptxas said about each)."""
     folder = tmp_path_factory.mktemp("sm_90")
     said = {}
-    for name in ("dense", "bank"):
+    for name in SOURCES:
         command = [NVCC, "-cubin", "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
@@ -37,29 +40,36 @@ def compiled(tmp_path_factory):
     return folder, said
 
 
+def kind(mangled: str) -> str | None:
+    """Which of REGISTERS a kernel is, by its name with the length before it."""
+    return next((name for name in REGISTERS if f"{len(name)}{name}" in mangled), None)
+
+
 @needs_nvcc
 def test_no_spills_and_few_registers(compiled):
     pattern = re.compile(
         r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
     )
-    kernels = [match for said in compiled[1].values() for match in pattern.findall(said)]
-    names = [next((name for name in REGISTERS if name in mangled), None) for mangled, *_ in kernels]
-    assert names.count("linear_dense") == 24 and names.count("decode_dense") == 3 and names.count("bank_down") == 2
-    for name, (mangled, stack, stores, loads, registers) in zip(names, kernels, strict=True):
-        assert (stack, stores, loads) == ("0", "0", "0"), f"{mangled} keeps {stack} bytes in local memory"
-        assert name is None or int(registers) <= REGISTERS[name], mangled
+    for source, expected in SOURCES.items():
+        kernels = pattern.findall(compiled[1][source])
+        names = [kind(mangled) for mangled, *_ in kernels]
+        assert {name: names.count(name) for name in expected} == expected, source
+        for name, (mangled, stack, stores, loads, registers) in zip(names, kernels, strict=True):
+            assert (stack, stores, loads) == ("0", "0", "0"), f"{mangled} keeps {stack} bytes in local memory"
+            assert name is None or int(registers) <= REGISTERS[name], mangled
 
 
 @needs_nvcc
-def test_machine_code(compiled):
+@pytest.mark.parametrize("source", TENSOR_CORE)
+def test_machine_code(compiled, source):
     if tool("cuobjdump") is None or tool("nvdisasm") is None:
         pytest.skip("cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    code = subprocess.run([tool("nvdisasm"), "-c", str(compiled[0] / "dense.cubin")], capture_output=True, text=True, check=True).stdout
+    code = subprocess.run([tool("nvdisasm"), "-c", str(compiled[0] / f"{source}.cubin")], capture_output=True, text=True, check=True).stdout
     kernels = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, re.S))
-    kernels = {name: text for name, text in kernels.items() if "linear_dense" in name}
-    assert len(kernels) == 24
+    kernels = {name: text for name, text in kernels.items() if kind(name) == "linear"}
+    assert len(kernels) == SOURCES[source]["linear"]
     for name, text in kernels.items():
-        assert re.search(r"\bHMMA\.16816\.F32", text), f"no tensor core in {name}"
+        assert re.search(TENSOR_CORE[source], text), f"no tensor core in {name}"
         assert re.search(r"\bLDGSTS\.E\.\S*128", text), f"no 16-byte asynchronous copies in {name}"
         assert re.search(r"\bLDS\.128", text), f"no 16-byte loads from shared memory in {name}"
         assert not re.search(r"\b(LDL|STL)\b", text), f"local memory in {name}"

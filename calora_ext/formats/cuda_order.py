@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import PATTERN_IDS, TILE_ROWS, VALUE_IDS, Geometry
+from .layout import SCALE_BYTES, TILE_ROWS, Geometry
 
 if TYPE_CHECKING:
     from . import WeightFormat
@@ -28,6 +28,14 @@ _BYTES = {
     "bf16": (torch.int16, ("c", "s", "h", "rt", "j", "g", "e"), ("s", "rt", "g", "c", "h", "j", "e")),
 }
 _INT4 = (("c", "rt", "j", "g", "h", "e", "s"), ("g", "c", "s", "rt", "e", "h", "j"))  # nibbles; the last axis is low, high
+# 2:4, the kept elements of a unit: group q = 4 h + 2 c1 + c0, kept e; t is the turn, of one or two.
+_KEPT = {
+    "int4": (("t", "h", "rt", "j", "g", "c0", "e", "c1"), ("g", "c1", "c0", "t", "rt", "e", "h", "j")),
+    "int8": (("t", "h", "c1", "rt", "j", "g", "c0", "e"), ("t", "g", "c1", "c0", "rt", "h", "j", "e")),
+    "bf16": (("t", "h", "c1", "c0", "rt", "j", "g", "e"), ("t", "rt", "g", "c1", "c0", "h", "j", "e")),
+}
+_PLACES = (("t", "rt", "j", "g", "c0", "e", "h", "c1"), ("g", "rt", "h", "t", "j", "c1", "c0", "e"))  # four a byte
+_GROUPS = ("t", "rt", "j", "g", "h", "c1", "c0", "e")
 _SIZES = {"g": 8, "c": 4}
 _SCALES = (("rt", "j", "g"), ("g", "rt", "j"))
 _ZEROS = (("j", "g", "rt"), ("g", "rt", "j"))  # nibbles
@@ -90,7 +98,7 @@ def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_featur
 
 
 def _geometry(fmt: WeightFormat, in_features: int, out_features: int) -> Geometry:
-    if fmt.id // 16 != PATTERN_IDS["dense"] or fmt.id % 16 == VALUE_IDS["nf4"]:
+    if fmt.pattern == "unstructured" or fmt.values == "nf4":
         raise CaloraError(f"{fmt} has no CUDA kernels yet; keep the model on the CPU")
     return fmt.geometry(in_features, out_features)
 
@@ -100,26 +108,74 @@ def _blocks(tensor: Tensor, g: Geometry, back: bool) -> Tensor:
     data = tensor.reshape(g.tiles, g.blocks, g.block_bytes)
     out = torch.empty_like(data)
     codes = data[..., : g.code_bytes].contiguous()
-    step = -1 if back else 1
-    if g.values == "int4":
-        codes = _nibbles(codes.view(-1, TILE_ROWS * CHUNK_COLUMNS // 2), *_INT4[::step])
-    else:
-        dtype, *orders = _BYTES[g.values]
-        codes = _permute(codes.view(dtype), *orders[::step]).view(torch.uint8)
-    out[..., : g.code_bytes] = codes.view(g.tiles, g.blocks, g.code_bytes)
+    out[..., : g.code_bytes] = {"dense": _dense, "2:4": _two_four}[g.pattern](codes, g, -1 if back else 1).view_as(codes)
     if g.block_bytes > g.code_bytes:
         scales = data[..., g.code_bytes :].contiguous().view(torch.int16)
-        out[..., g.code_bytes :] = _permute(scales, *_SCALES[::step]).view(torch.uint8).view(g.tiles, g.blocks, -1)
+        out[..., g.code_bytes :] = _permute(scales, *_SCALES[:: -1 if back else 1]).view(torch.uint8).view(g.tiles, g.blocks, SCALE_BYTES)
     return out
 
 
-def _permute(data: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Tensor:
+def _dense(codes: Tensor, g: Geometry, step: int) -> Tensor:
+    if g.values == "int4":
+        return _nibbles(codes.view(-1, TILE_ROWS * CHUNK_COLUMNS // 2), *_INT4[::step])
+    dtype, *orders = _BYTES[g.values]
+    return _permute(codes.view(dtype), *orders[::step]).view(torch.uint8)
+
+
+def _two_four(codes: Tensor, g: Geometry, step: int) -> Tensor:
+    """Blocks (tiles, blocks, code_bytes) as units of two turns, where they are odd one of a single turn at the end."""
+    turns, place_bytes = g.block_columns // CHUNK_COLUMNS, 4 * TILE_ROWS
+    turn_bytes = g.code_bytes // turns
+    codes = codes.view(-1, g.code_bytes)
+    out = torch.empty_like(codes)
+    for size, begin, end in ((2, 0, turns // 2 * 2), (1, turns // 2 * 2, turns)):  # turns of a unit, first and last turn
+        if begin == end:
+            continue
+        units = codes[:, begin * turn_bytes : end * turn_bytes].reshape(-1, size, turn_bytes)
+        if step == 1:
+            kept, places = units[..., :-place_bytes], units[..., -place_bytes:]
+        else:
+            kept, places = units.flatten(1).split([size * (turn_bytes - place_bytes), size * place_bytes], dim=1)
+        kept, places = _unit(kept.contiguous(), places.contiguous(), g.values, size, step)
+        parts = (kept.view(len(units), size, -1), places.view(len(units), size, -1))
+        whole = torch.cat(parts, -1) if step == -1 else torch.cat([p.flatten(1) for p in parts], -1)
+        out[:, begin * turn_bytes : end * turn_bytes] = whole.reshape(len(codes), -1)
+    return out
+
+
+def _unit(kept: Tensor, places: Tensor, values: str, turns: int, step: int) -> tuple[Tensor, Tensor]:
+    """Kept elements and places of whole units, each in the order of its table, `step` along it."""
+    sizes = _SIZES | {"t": turns}
+    source, target = _KEPT[values][::step]
+    bits = {"int4": 4, "int8": 8, "bf16": 16}[values]
+    elements = kept.view(torch.int16) if bits == 16 else _split(kept ^ {4: 0x88, 8: 0x80}[bits], bits)  # around 0 <-> around the middle code
+    elements = _permute(elements, source, _GROUPS, sizes).view(-1, 2)
+    at = _permute(_split(places, 2), _PLACES[::step][0], _GROUPS, sizes).view(-1, 2)
+    elements = torch.where((at == 3).all(-1, keepdim=True), elements.flip(-1), elements)
+    elements = _permute(elements, _GROUPS, target, sizes)
+    return (elements.view(torch.uint8) if bits == 16 else _join(elements, bits)), _join(_permute(at, _GROUPS, _PLACES[::step][1], sizes), 2)
+
+
+def _permute(data: Tensor, source: tuple[str, ...], target: tuple[str, ...], sizes: dict[str, int] = _SIZES) -> Tensor:
     """Elements whose axes lie in order `source` (as often as they fit) -> order `target`, flat."""
-    shaped = data.reshape(-1, *(_SIZES.get(axis, 2) for axis in source))
+    shaped = data.reshape(-1, *(sizes.get(axis, 2) for axis in source))
     return shaped.permute(0, *(1 + source.index(axis) for axis in target)).reshape(-1)
 
 
 def _nibbles(data: Tensor, source: tuple[str, ...], target: tuple[str, ...]) -> Tensor:
     """The same for 4-bit elements, two a byte, the low one first."""
-    pairs = _permute(torch.stack((data & 15, data >> 4), dim=-1), source, target).view(-1, 2)
-    return pairs[:, 0] | pairs[:, 1] << 4
+    return _join(_permute(_split(data, 4), source, target), 4)
+
+
+def _split(data: Tensor, bits: int) -> Tensor:
+    """Bytes -> their fields of `bits` bits, the low one first, as a new last axis."""
+    return torch.stack([data >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], dim=-1)
+
+
+def _join(fields: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`_split`, flat."""
+    columns = fields.view(-1, 8 // bits).unbind(-1)
+    out = columns[0]
+    for i, column in enumerate(columns[1:], 1):
+        out = out | column << i * bits
+    return out

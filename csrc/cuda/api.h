@@ -15,6 +15,14 @@
 //   bf16: four (2 s + rt); 32-bit word j + 2 h has the value of e in half e
 //   scales of a block (where the canonical block has them): fp16 at 4 g + 2 rt + j
 //   zero points of a (tile, block), 16 bytes: nibble 2 rt + j of 16-bit word g
+//
+// 2:4: a unit is two turns (64 columns) of a block, or the last one alone where they are odd. What is kept of turn t takes the
+// place of the dense columns of k16 step s = t: lane (g, c) has the kept weights e of groups c and c + 4 (h = 0, 1) of its rows.
+//   int4   one 16-byte word; a single turn: 8 bytes      int8   one 16-byte word a turn      bf16   two a turn
+//   then the places, 4 bytes a turn: lane (g, 2 rt + h) has those of groups 4 h .. 4 h + 3: that of (j, group 4 h + q, e) at
+//   bit 16 j + 4 q + 2 e. These are the canonical places; the kernel makes of them what mma.sp takes. int4 and int8 are codes
+//   around 8 and 128 as in the dense order; the two values of a group whose places are 3 3 are exchanged.
+//
 // calora_ext/formats/cuda_order.py converts both ways.
 #pragma once
 #include <cstdint>
@@ -27,12 +35,12 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int64_t kChunkColumns = 32;
 constexpr int64_t kBatchAlign = 8;      // t is padded to a multiple of this many rows of x: the n8 of the mma
-constexpr int64_t kFusedRows = 64;      // M up to which linear_dense is the better way; see ops.cpp
+constexpr int64_t kFusedRows = 64;      // M up to which the linear kernels are the better way; see ops.cpp
 
 struct PackedWeight {
   const uint8_t* packed;  // in GPU order, 16-byte aligned
   const uint8_t* zeros;   // or null
-  int64_t values;         // calora::Values
+  int64_t pattern, values;  // calora::Pattern, calora::Values
   int64_t in_features, out_features, group_size;
 };
 
@@ -41,7 +49,7 @@ struct PackedWeight {
 struct LowRank {
   const void* down;  // (rank, in_features)
   const void* up;
-  float* t;          // (rank, round_up(m, 8)): phi(x D^T), written by bank_down and read by linear
+  float* t;          // (rank, round_up(m, 8)): phi(x D^T), written by bank_down and read by the linear kernels
   int64_t dtype;     // of down and up, a Dtype
   int64_t rank, identity_rank;
   int64_t up_tile, up_row, up_rank;
@@ -62,11 +70,15 @@ struct LinearArgs {
 
 extern "C" {
 int calora_cuda_bank_down(const calora::cuda::LinearArgs* args, void* stream);     // t
-int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream);  // y, bank included when t is there
+// y, bank included when t is there
+int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream);
+int calora_cuda_linear_two_four(const calora::cuda::LinearArgs* args, void* stream);
 // Rows [row_begin, row_end) of the dense weight, (rows, in_features) row-major in out_dtype.
 int calora_cuda_decode_dense(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
                              void* stream);
-// Copy rows of row_bytes to rows of target_stride bytes: gives x the alignment that linear_dense needs.
+int calora_cuda_decode_two_four(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
+                                void* stream);
+// Copy rows of row_bytes to rows of target_stride bytes: gives x the alignment that the linear kernels need.
 int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* source, int64_t row_bytes, int64_t rows, void* stream);
 // The xor of all 16-byte words of data, in 8-byte halves xored together; partial: kReadBlocks words. Waits for the result.
 int calora_cuda_read(const void* data, int64_t bytes, void* partial, uint64_t* result, void* stream);

@@ -32,6 +32,39 @@ CALORA_MMA(Bf16, "bf16")
 CALORA_MMA(F16, "f16")
 #undef CALORA_MMA
 
+// The same with a sparse a (16 x 32 of which 2 of 4 are kept) and b 32 x 8. places: 2 bits for each kept element, in groups of
+// two of which the first is the smaller; the lanes c = 2 Half and 2 Half + 1 hold those of the whole warp.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define CALORA_SPARSE "mma.sp::ordered_metadata"
+#else
+#define CALORA_SPARSE "mma.sp"
+#endif
+template <class T, int Half>
+__device__ __forceinline__ void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places);
+#define CALORA_MMA_SPARSE(T, name, Half)                                                                                     \
+  template <>                                                                                                                \
+  __device__ __forceinline__ void mma_sparse<T, Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], uint32_t places) { \
+    asm volatile(CALORA_SPARSE ".sync.aligned.m16n8k32.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},"       \
+                 "{%8,%9,%10,%11},{%0,%1,%2,%3},%12," #Half ";"                                                              \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                            \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places));     \
+  }
+CALORA_MMA_SPARSE(Bf16, "bf16", 0)
+CALORA_MMA_SPARSE(Bf16, "bf16", 1)
+CALORA_MMA_SPARSE(F16, "f16", 0)
+CALORA_MMA_SPARSE(F16, "f16", 1)
+#undef CALORA_MMA_SPARSE
+#undef CALORA_SPARSE
+
+// Four 8 x 8 matrices of 16-bit elements: lane 8 i + r says where the 16 bytes of row r of matrix i lie in shared memory; lane
+// (g, c) gets the elements 2 c and 2 c + 1 of row g of matrix i in v[i].
+__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&v)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // Copies to shared memory that run beside the warp. used < 16: the rest of the 16 bytes becomes 0, and is not read.
 __device__ __forceinline__ void copy16(void* shared, const void* global, int used = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(used) : "memory");
@@ -50,7 +83,20 @@ __device__ __forceinline__ uint32_t and_or(uint32_t q, uint32_t mask, uint32_t b
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(r) : "r"(q), "r"(mask), "r"(bits));
   return r;
 }
-__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+// (q & mask) ^ bits likewise.
+__device__ __forceinline__ uint32_t and_xor(uint32_t q, uint32_t mask, uint32_t bits) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(r) : "r"(q), "r"(mask), "r"(bits));
+  return r;
+}
+// The lower half of (high, low) >> bits, bits in 0..32.
+__device__ __forceinline__ uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t bits) { return __funnelshift_rc(low, high, bits); }
+// Digits of the selector from 8 on give the sign of a byte; __byte_perm would ignore that bit.
+__device__ __forceinline__ uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+  return r;
+}
 
 __device__ __forceinline__ float f16_to_float(uint16_t v) { return __half2float(__ushort_as_half(v)); }
 __device__ __forceinline__ uint16_t float_to_f16(float v) { return __half_as_ushort(__float2half_rn(v)); }
@@ -82,6 +128,9 @@ namespace calora::cuda {
 
 constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
+inline Geometry geometry_of(const PackedWeight& w) {
+  return geometry(static_cast<Pattern>(w.pattern), static_cast<Values>(w.values), w.in_features, w.out_features, w.group_size);
+}
 // Rows that t is padded to.
 __device__ __forceinline__ int64_t padded_rows(int64_t m) { return (m + kBatchAlign - 1) / kBatchAlign * kBatchAlign; }
 __device__ __forceinline__ float bits_to_float(uint32_t v) { return __uint_as_float(v); }

@@ -61,20 +61,22 @@ Dtype dtype_of(const Tensor& t, const char* what) {
 }
 
 PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format <= 2, "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
-  const auto values = static_cast<Values>(format);
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int64_t>(Pattern::two_four) && format % 16 <= static_cast<int64_t>(Values::int4),
+                  "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
+  const auto pattern = static_cast<Pattern>(format / 16);
+  const auto values = static_cast<Values>(format % 16);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
                   "calora: unsupported layer size ", out_features, " x ", in_features);
   STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
   const bool zeros = packed.size() == 2;
-  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4),
-                  "calora: expected the packed weight (and for int4 optionally its zero points), got ", packed.size(), " tensors");
+  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4 && pattern == Pattern::dense),
+                  "calora: expected the packed weight (and for dense int4 optionally its zero points), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && same_device(t, packed[0]),
                     "calora: packed tensors must be contiguous uint8 tensors on one CUDA device");
-  const Geometry g = geometry(Pattern::dense, values, in_features, out_features, group_size);
+  const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
   STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2),
                   "calora: the packed weight on the GPU is in the CPU's order; move the module with .to(\"cuda\"), which reorders it");
   STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
@@ -85,7 +87,7 @@ PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_
   const auto* const zero_data = zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && reinterpret_cast<uintptr_t>(zero_data) % 16 == 0,
                   "calora: the packed weight is not 16-byte aligned; .clone() it");
-  return {data, zero_data, format, in_features, out_features, group_size};
+  return {data, zero_data, static_cast<int64_t>(pattern), static_cast<int64_t>(values), in_features, out_features, group_size};
 }
 
 // Checks the bank's tensors; t is left for the caller.
@@ -111,10 +113,25 @@ LowRank bank_of(const Tensor& x, const std::optional<Tensor>& down, const std::o
   return b;
 }
 
+int launch_linear(const LinearArgs& a, void* stream) {
+  switch (static_cast<Pattern>(a.w.pattern)) {
+    case Pattern::two_four: return calora_cuda_linear_two_four(&a, stream);
+    default: return calora_cuda_linear_dense(&a, stream);
+  }
+}
+
+int launch_decode(const PackedWeight& w, int64_t row_begin, int64_t row_end, void* out, Dtype dtype, void* stream) {
+  const auto type = static_cast<int64_t>(dtype);
+  switch (static_cast<Pattern>(w.pattern)) {
+    case Pattern::two_four: return calora_cuda_decode_two_four(&w, row_begin, row_end, out, type, stream);
+    default: return calora_cuda_decode_dense(&w, row_begin, row_end, out, type, stream);
+  }
+}
+
 Tensor decode_to(const Tensor& like, const PackedWeight& w, int64_t row_begin, int64_t row_end, ScalarType type, Dtype dtype) {
   Tensor out = torch::stable::new_empty(like, {row_end - row_begin, w.in_features}, type);
   if (row_end > row_begin)
-    check(calora_cuda_decode_dense(&w, row_begin, row_end, out.data_ptr(), static_cast<int64_t>(dtype), current_stream(like.get_device_index())));
+    check(launch_decode(w, row_begin, row_end, out.data_ptr(), dtype, current_stream(like.get_device_index())));
   return out;
 }
 
@@ -178,7 +195,7 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_f
     a.bank.t = static_cast<float*>(t->data_ptr());
     check(calora_cuda_bank_down(&a, stream));
   }
-  check(calora_cuda_linear_dense(&a, stream));
+  check(launch_linear(a, stream));
   return y;
 }
 

@@ -6,14 +6,19 @@
 //   kOffset     what fragment() leaves added to (code - middle code); sum(x) times it is taken off the sum
 //   fragment    A fragment (rt, s) of T from the lane's words
 //   weight      one value of those words, (code - middle code), as fp32: for decoding to a dense matrix
+//   kBits, word, bit   a code's bits, and where they lie: of which 32-bit word, from which bit on
+//   kNothing    a word of codes that all mean 0
 #pragma once
 #include "device.cuh"
 
 namespace calora::cuda {
 
+constexpr int kNoFold = 8;  // as NB: fragments that leave no offset
+
 template <class T, int NB>
 struct Int4 {
-  static constexpr int kWords = 1;
+  static constexpr int kWords = 1, kBits = 4;
+  static constexpr uint32_t kNothing = 0x88888888;
   static constexpr bool kScaled = true, kZeros = true;
   static constexpr bool kFold = NB <= 2;
   // Folded: the codes go in as 16 + code, and the sum is corrected by sum(x) once per block; one more mma a step instead of
@@ -29,14 +34,17 @@ struct Int4 {
       if (!kFold) a[i] = T::subtract(a[i], T::kTwentyFour);
     }
   }
+  static __device__ __forceinline__ int word(int rt, int, int s, int) { return 2 * s + rt; }
+  static __device__ __forceinline__ int bit(int j, int h, int e) { return 4 * (j + 2 * h) + 16 * e; }
   static __device__ __forceinline__ float weight(const uint32_t (&words)[4], int rt, int j, int s, int h, int e) {
-    return static_cast<float>(static_cast<int>(words[2 * s + rt] >> (4 * (j + 2 * h) + 16 * e) & 15) - kInt4Zero);
+    return static_cast<float>(static_cast<int>(words[word(rt, j, s, h)] >> bit(j, h, e) & 15) - kInt4Zero);
   }
 };
 
 template <class T, int NB>
 struct Int8 {
-  static constexpr int kWords = 2;
+  static constexpr int kWords = 2, kBits = 8;
+  static constexpr uint32_t kNothing = 0x80808080;
   static constexpr bool kScaled = true, kZeros = false;
   static constexpr float kOffset = 0;
 
@@ -54,14 +62,17 @@ struct Int8 {
 #pragma unroll
     for (int i = 0; i < 4; ++i) a[i] = convert(words[4 * s + 2 * rt + (i >> 1)], i & 1);
   }
+  static __device__ __forceinline__ int word(int rt, int, int s, int h) { return 4 * s + 2 * rt + h; }
+  static __device__ __forceinline__ int bit(int j, int, int e) { return 8 * (2 * j + e); }
   static __device__ __forceinline__ float weight(const uint32_t (&words)[8], int rt, int j, int s, int h, int e) {
-    return static_cast<float>(static_cast<int>(words[4 * s + 2 * rt + h] >> (8 * (2 * j + e)) & 255) - kInt8Zero);
+    return static_cast<float>(static_cast<int>(words[word(rt, j, s, h)] >> bit(j, h, e) & 255) - kInt8Zero);
   }
 };
 
 template <class T, int NB>
 struct Dense16 {  // bf16 weights
-  static constexpr int kWords = 4;
+  static constexpr int kWords = 4, kBits = 16;
+  static constexpr uint32_t kNothing = 0;
   static constexpr bool kScaled = false, kZeros = false;
   static constexpr float kOffset = 0;
 
@@ -73,8 +84,10 @@ struct Dense16 {  // bf16 weights
       else a[i] = pair(float_to_f16(bits_to_float(q << 16)), float_to_f16(bits_to_float(q & 0xffff0000)));
     }
   }
+  static __device__ __forceinline__ int word(int rt, int j, int s, int h) { return 4 * (2 * s + rt) + j + 2 * h; }
+  static __device__ __forceinline__ int bit(int, int, int e) { return 16 * e; }
   static __device__ __forceinline__ float weight(const uint32_t (&words)[16], int rt, int j, int s, int h, int e) {
-    const uint32_t q = words[4 * (2 * s + rt) + j + 2 * h];
+    const uint32_t q = words[word(rt, j, s, h)];
     return bits_to_float(e ? q & 0xffff0000 : q << 16);
   }
 };
