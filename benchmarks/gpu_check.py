@@ -29,7 +29,12 @@ from calora_ext.linear import CompressedLinear
 from calora_ext.tables import table
 
 FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
-           WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
+           WeightFormat("int8"), WeightFormat("bf16"),
+           *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 32), ("int4", 128), ("int8",), ("bf16",)))]  # fmt: skip
+SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("int8"), WeightFormat("bf16"),
+                 *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 128), ("bf16",)))]  # fmt: skip
+# What a row is meant to reach, M <= 8: (row, peer, how many times as fast).
+TARGETS = [("int4 g128 2:4", "int4 g128", 1.22), ("int4 g128 unstructured", "int4 g128", 1.15), ("bf16 unstructured", "cuBLAS bf16", 1.4)]
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
@@ -39,16 +44,46 @@ PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1
 COPIES_BYTES = 256 << 20  # rotate weights through this much: several times any L2
 
 
+def sparse_mask(fmt: WeightFormat, out: int, in_: int, device: str = "cpu", seed: int = 0) -> Tensor | None:
+    """Half of the weights (out, in_), at random, as the format's pattern allows; None for a dense format."""
+    if not fmt.sparse:
+        return None
+    noise = torch.rand(out, -(-in_ // 4) * 4, generator=torch.Generator(device).manual_seed(seed), device=device)
+    if fmt.pattern == "unstructured":
+        return noise[:, :in_] < 0.5
+    groups = noise.view(out, -1, 4)
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.argsort(-1)[..., :2], True).view(out, -1)[:, :in_]
+
+
+def random_weight(fmt: WeightFormat, in_: int, out: int) -> list[Tensor]:
+    """Packed tensors of a layer in CUDA order, made on the GPU of random bytes: what they decode to does not matter for speed, but
+    zeros would take less power than weights do. The bits and offsets of an unstructured weight are true, half of them set."""
+    shapes = fmt.tensors(in_, out)
+    tensors = {name: torch.empty(torch.Size(shape).numel(), dtype=torch.uint8, device="cuda").random_() for name, shape in shapes.items()}
+    if fmt.pattern == "unstructured":
+        g = fmt.geometry(in_, out)
+        words = tensors["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes].reshape(-1, 128)
+        counts = torch.stack([words >> i & 1 for i in range(8)]).sum((0, 2))  # of each chunk
+        bits = {"int4": 4, "int8": 8, "bf16": 16}[fmt.values]
+        ends = ((counts * bits + 63) // 64).cumsum(0)  # in units of 8 bytes
+        starts = torch.cat((ends.new_zeros(1), ends[:-1])).int().view(torch.uint8)
+        tensors["offsets"][: starts.numel()] = starts
+        extent = -(-(int(ends[-1]) * 8 + 128 * bits + 64) // 64) * 64
+        tensors["kept"] = torch.empty(extent, dtype=torch.uint8, device="cuda").random_().view(-1, 16)
+    tensors["packed"] = tensors["packed"].view(-(-out // 32), -1, 16)
+    return list(tensors.values())
+
+
 class Case:
     """One layer on a device: packed tensors in its order, x, bias and bank, and what float64 makes of them."""
 
     def __init__(self, fmt, m, in_, out, rank, identity_rank, dtype, device, seed=0, bank_dtype=None) -> None:
         gen = torch.Generator().manual_seed(seed)
-        packed = fmt.pack(torch.randn(out, in_, generator=gen) / in_**0.5)
+        packed = fmt.pack(torch.randn(out, in_, generator=gen) / in_**0.5, sparse_mask(fmt, out, in_, seed=seed))
         self.fmt, self.in_, self.out, self.identity_rank = fmt, in_, out, identity_rank
         self.dense = fmt.decode(packed, in_, out).to(device)
         on_gpu = torch.device(device).type == "cuda"
-        self.packed = [to_cuda_order(n, t.to(device), fmt, in_, out) if on_gpu else t for n, t in packed.items()]
+        self.packed = [to_cuda_order(n, t.to(device), fmt, in_, out, packed["packed"]) if on_gpu else t for n, t in packed.items()]
         self.x = torch.randn(m, in_, generator=gen).to(device, dtype)
         self.bias = torch.randn(out, generator=gen).to(device, dtype)
         bank_dtype = bank_dtype or dtype
@@ -103,8 +138,9 @@ def correctness(device: str, small: bool = False) -> dict:
 def backward(device: str) -> dict:
     """Gradients of x, D, U and the bias against float64 autograd."""
     failed = []
-    for m in (5, 100):
-        case = Case(WeightFormat("int4", 128), m, 256, 160, 24, 8, torch.float32, device)
+    dense, two_four, bitmask = WeightFormat("int4", 128), WeightFormat("int4", 128, pattern="2:4"), WeightFormat("bf16", pattern="unstructured")
+    for m, fmt in ((5, dense), (100, dense), (100, two_four), (100, bitmask)):
+        case = Case(fmt, m, 256, 160, 24, 8, torch.float32, device)
         leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.down, case.up)]
         x, bias, down, up = leaves
         ops.linear(x, case.packed, case.fmt, 256, 160, bias, down, up, 8).square().sum().backward()
@@ -114,7 +150,7 @@ def backward(device: str) -> dict:
         y.square().sum().backward()
         for name, got, want in zip(("x", "bias", "down", "up"), leaves, twins, strict=True):
             if not relative(got.grad, want.grad) < 1e-4:
-                failed.append(f"gradient of {name}, m={m}: {relative(got.grad, want.grad):.2e}")
+                failed.append(f"{fmt}: gradient of {name}, m={m}: {relative(got.grad, want.grad):.2e}")
     return {"failed": failed}
 
 
@@ -132,7 +168,7 @@ def module_moves(device: str) -> dict:
     """.to(GPU) and back: canonical bytes in the state dict, the same decoded weight, close results."""
     failed = []
     for fmt in FORMATS:
-        layer = CompressedLinear.from_linear(torch.nn.Linear(300, 97), fmt)
+        layer = CompressedLinear.from_linear(torch.nn.Linear(300, 97), fmt, mask=sparse_mask(fmt, 97, 300))
         layer.activations = "exact"
         before, dense, x = {n: t.clone() for n, t in layer.state_dict().items()}, layer.decode(), torch.randn(4, 300)
         y = layer(x)
@@ -150,28 +186,29 @@ def module_moves(device: str) -> dict:
 def graphs_and_streams() -> dict:
     """Capture and replay with changed inputs, a stream of one's own, and 1000 runs that must not differ in a bit."""
     failed = []
-    for m in (1, 8, 40):
-        case = Case(WeightFormat("int4", 128), m, 1024, 512, 80, 16, torch.bfloat16, "cuda")
+    dense, two_four, bitmask = (WeightFormat("int4", 128, pattern=pattern) for pattern in ("dense", "2:4", "unstructured"))
+    for m, fmt in ((1, dense), (8, dense), (40, dense), (8, two_four), (8, bitmask)):
+        case = Case(fmt, m, 1024, 512, 80, 16, torch.bfloat16, "cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             on_stream = case.run()
         torch.cuda.current_stream().wait_stream(stream)
         if not torch.equal(on_stream, case.run()):
-            failed.append(f"m={m}: another result on another stream")
+            failed.append(f"{fmt} m={m}: another result on another stream")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = case.run()
         case.x.copy_(torch.randn(m, 1024))
         graph.replay()
         if not torch.equal(y, case.run()):
-            failed.append(f"m={m}: a replayed graph gives another result")
+            failed.append(f"{fmt} m={m}: a replayed graph gives another result")
         first, different = y.clone(), torch.zeros((), device="cuda", dtype=torch.int64)
         for _ in range(1000):
             graph.replay()
             different += (y != first).any()
         if int(different):
-            failed.append(f"m={m}: {int(different)} of 1000 runs differ")
+            failed.append(f"{fmt} m={m}: {int(different)} of 1000 runs differ")
     return {"failed": failed}
 
 
@@ -259,15 +296,14 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> Non
     def copies(nbytes: int) -> int:
         return max(4, -(-COPIES_BYTES // nbytes))
 
-    for fmt in (WeightFormat("int4", 128), WeightFormat("int8"), WeightFormat("bf16")):
-        nbytes = fmt.nbytes(in_, out)
-        # Random bytes: what they decode to does not matter here, but zeros would take less power than weights do.
-        shape = (-(-out // 32), -1, 16)
-        weights = [[torch.empty(nbytes, dtype=torch.uint8, device="cuda").random_().view(shape)] for _ in range(copies(nbytes))]
+    for fmt in SPEED_FORMATS:
+        weights = [random_weight(fmt, in_, out)]
+        nbytes = sum(t.numel() for t in weights[0])
+        weights += [random_weight(fmt, in_, out) for _ in range(copies(nbytes) - 1)]
         bank = (None, down, up, lora)
         add(f"{fmt}", timed([lambda w=w, fmt=fmt: ours(w, fmt) for w in weights]), nbytes)
         add(f"{fmt} + LoRA 16 + recovery 64", timed([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
-        if fmt.values == "int4":
+        if fmt.values == "int4" and not fmt.sparse:
             add(f"{fmt} + bank, eager", timed_eager([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
     dense = [torch.randn(out, in_, device="cuda", dtype=dtype) for _ in range(copies(2 * in_ * out))]
     nbytes = 2 * in_ * out
@@ -317,6 +353,14 @@ def summary(results: dict) -> str:
         base = by.get((*where, "cuBLAS bf16"))
         speeds.append((f"{row['out']} x {row['in']}", str(row["m"]), row["what"], f"{row['seconds'] * 1e6:.1f}",
                        f"{base / row['seconds']:.2f}" if base else "-", f"{row['of_read_ceiling']:.2f}"))  # fmt: skip
+    goals = []
+    for m, (what, peer, factor) in ((m, target) for m in (1, 8) for target in TARGETS):
+        for in_, out in sorted({(r["in"], r["out"]) for r in rows}):
+            mine, other = by.get((in_, out, m, what)), by.get((in_, out, m, peer))
+            if mine and other:
+                goals.append((f"{out} x {in_}", str(m), f"{what} / {peer}", f"{other / mine:.2f}", f"{factor:.2f}", "" if other / mine >= factor else "MISS"))
+    if goals:
+        text += "\n\n" + table(("layer", "M", "speed-up", "is", "should be", ""), goals)
     if speeds:
         text += "\n\n" + table(("layer", "M", "what", "us", "x cuBLAS bf16", "of read ceiling"), speeds)
     return text

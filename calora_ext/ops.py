@@ -73,7 +73,8 @@ def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_featur
     """Rows of the dense weight, float32, by the native decoder."""
     begin, end = (0, out_features) if rows is None else (rows.start, rows.stop)
     if packed[0].is_cuda:
-        packed = [arrange(name, t, fmt, in_features, out_features) for name, t in zip(("packed", "zeros"), packed, strict=False)]
+        names = fmt.tensors(in_features, out_features)
+        packed = [arrange(name, t, fmt, in_features, out_features, packed[0]) for name, t in zip(names, packed, strict=False)]
     return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
 
 

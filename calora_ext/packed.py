@@ -29,7 +29,7 @@ class PackedModule(nn.Module):
         tensors = {}
         for name in self.format.tensors(self.in_features, self.out_features):
             tensor = getattr(self, name)
-            tensors[name] = arrange(name, tensor, self.format, self.in_features, self.out_features)
+            tensors[name] = arrange(name, tensor, self.format, self.in_features, self.out_features, tensors.get("packed"))
             if tensors[name] is not tensor:
                 setattr(self, name, tensors[name])
         return tensors
@@ -58,7 +58,7 @@ class PackedModule(nn.Module):
         for name in self.format.tensors(self.in_features, self.out_features):
             if prefix + name in destination:
                 tensor = destination[prefix + name]
-                destination[prefix + name] = from_cuda_order(name, tensor, self.format, self.in_features, self.out_features)
+                destination[prefix + name] = from_cuda_order(name, tensor, self.format, self.in_features, self.out_features, self.packed)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
         # Loading copies into buffers that may be in CUDA order; assigned tensors are arranged when they are first used.
@@ -67,6 +67,7 @@ class PackedModule(nn.Module):
             for name in self.format.tensors(self.in_features, self.out_features):
                 tensor, own = state_dict.get(prefix + name), self._buffers.get(name)
                 if tensor is not None and own is not None and in_cuda_order(name, own) and tensor.dtype == own.dtype and tensor.numel() == own.numel():
-                    arranged[prefix + name] = to_cuda_order(name, tensor.to(own.device), self.format, self.in_features, self.out_features)
+                    tensor, bits = tensor.to(own.device), state_dict.get(prefix + "packed", self.packed)
+                    arranged[prefix + name] = to_cuda_order(name, tensor, self.format, self.in_features, self.out_features, bits)
             state_dict = {**state_dict, **arranged} if arranged else state_dict
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from calora_ext.formats import WeightFormat
+from calora_ext.formats.bitmask import tail_bytes
 from calora_ext.formats.cuda_order import to_cuda_order
 from calora_ext.formats.layout import PATTERN_IDS, VALUE_IDS
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("dense.cu", "two_four.cu", "bank.cu")
-LAUNCHERS = {"dense": "dense", "2:4": "two_four"}  # pattern: how its launchers' names end
+SOURCES = ("dense.cu", "two_four.cu", "bitmask.cu", "bank.cu")
+LAUNCHERS = {"dense": "dense", "2:4": "two_four", "unstructured": "bitmask"}  # pattern: how its launchers' names end
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 class PackedWeight(c.Structure):
-    _fields_ = [("packed", c.c_void_p), ("zeros", c.c_void_p), *((n, c.c_int64) for n in ("pattern", "values", "in_features", "out_features", "group_size"))]
+    _fields_ = [*((n, c.c_void_p) for n in ("packed", "zeros", "offsets", "kept")), *((n, c.c_int64) for n in ("kept_limit", "pattern", "values", "in_features", "out_features", "group_size"))]
 
 
 class LowRank(c.Structure):
@@ -64,9 +65,10 @@ class Emulated:
         self.library.emulate_options(late_copies + 2 * reverse)
 
     def weight(self, packed: dict[str, Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> PackedWeight:
-        ordered = {name: aligned(to_cuda_order(name, t, fmt, in_features, out_features)) for name, t in packed.items()}
-        zeros = ordered["zeros"].data_ptr() if "zeros" in ordered else None
-        weight = PackedWeight(ordered["packed"].data_ptr(), zeros, PATTERN_IDS[fmt.pattern], VALUE_IDS[fmt.values], in_features, out_features, fmt.group_size)
+        ordered = {name: aligned(to_cuda_order(name, t, fmt, in_features, out_features, packed["packed"])) for name, t in packed.items()}
+        pointers = [ordered[name].data_ptr() if name in ordered else None for name in ("packed", "zeros", "offsets", "kept")]
+        limit = packed["kept"].numel() - tail_bytes(fmt.values) if "kept" in packed else 0
+        weight = PackedWeight(*pointers, limit, PATTERN_IDS[fmt.pattern], VALUE_IDS[fmt.values], in_features, out_features, fmt.group_size)
         weight.keep = ordered  # args hold bare pointers
         return weight
 

@@ -95,7 +95,7 @@ inline void arrive(const Copy& c) {
   std::memset(c.to + c.used, 0, c.bytes - c.used);
 }
 inline void copy(void* to, const void* from, int bytes, int used) {
-  if (reinterpret_cast<uintptr_t>(to) % bytes || reinterpret_cast<uintptr_t>(from) % bytes) return fail("a misaligned asynchronous copy");
+  if (reinterpret_cast<uintptr_t>(to) % bytes || (used && reinterpret_cast<uintptr_t>(from) % bytes)) return fail("a misaligned asynchronous copy");
   auto* const t = static_cast<uint8_t*>(to);
   if (t < shared_memory.data() || t + bytes > shared_memory.data() + shared_memory.size()) return fail("a copy beyond shared memory");
   const Copy c{t, static_cast<const uint8_t*>(from), bytes, used};
@@ -275,7 +275,8 @@ inline void load_matrices(const void* row, uint32_t (&v)[4]) {
   for (int i = 0; i < 4; ++i) v[i] = box[warp()][8 * i + lane() / 4][lane() % 4];
   warp_meeting[warp()].wait();
 }
-inline void copy16(void* shared, const void* global, int used = 16) { emulator::copy(shared, global, 16, used); }
+inline void copy16(void* shared, const void* global) { emulator::copy(shared, global, 16, 16); }
+inline void copy16_if(bool there, void* shared, const void* global) { emulator::copy(shared, global, 16, there ? 16 : 0); }
 template <int Bytes>
 void copy_small(void* shared, const void* global) { emulator::copy(shared, global, Bytes, Bytes); }
 inline void copy_commit() { emulator::commit(); }

@@ -20,14 +20,20 @@ pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ 
 FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 96), WeightFormat("int4", -1),
            WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
            WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
-           WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4")]  # fmt: skip
+           WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
+           WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 96, pattern="unstructured"),
+           WeightFormat("int4", 128, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
+           WeightFormat("bf16", pattern="unstructured")]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16]
 # (m, in, out, rank, identity_rank): every width of the mma, ragged rows and columns, warps without work, rings that go round
 CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 33, 5, 0), (17, 104, 64, 3, 1), (40, 257, 33, 9, 9),
          (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
 # What planted bugs are looked for in.
 FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
-                   WeightFormat("int4", 96, pattern="2:4"), WeightFormat("bf16", pattern="2:4")]  # fmt: skip
+                   WeightFormat("int4", 96, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
+                   *(WeightFormat(values, 96, pattern="unstructured") for values in ("int4", "int8", "bf16"))]  # fmt: skip
+# Rows so long that every warp looks up where its chunks lie more than once.
+LONG = {WeightFormat("bf16", pattern="unstructured"): ((1, 17000, 32, 0, 0),), WeightFormat("int4", pattern="unstructured"): ((1, 35000, 20, 0, 0),)}
 # Planted bugs: file -> (code, what someone might write instead). Each must be noticed by failures().
 BUGS = {
     "zero point": {"values.cuh": ("? 16 + kInt4Zero : 0", "? 15 + kInt4Zero : 0")},
@@ -40,7 +46,7 @@ BUGS = {
     "unscaled rest": {"linear.cuh": ("(rest == 1 || next + 1 == last)", "rest == 1")},
     "missing barrier": {"linear.cuh": ("__syncthreads();\n    const int64_t out", "const int64_t out")},
     "no barrier between rows": {"linear.cuh": ("__syncthreads();\n#pragma unroll\n    for (int rt", "#pragma unroll\n    for (int rt")},
-    "columns beyond the end": {"linear.cuh": ("left > 0 ? left : 0", "16")},
+    "columns beyond the end": {"bank.cu": ("[i] : 0;", "[i] : 0x7fc0;")},
     "rows beyond the end": {"linear.cuh": ("m >= a.m || out >= a.w.out_features", "out >= a.w.out_features + 31")},
     "GELU on LoRA": {"bank.cu": ("r0 + r >= a.bank.identity_rank)", "r0 + r > a.bank.identity_rank)")},
     "half of the shuffle": {"bank.cu": ("int offset = 16;", "int offset = 8;")},
@@ -54,6 +60,20 @@ BUGS = {
     "2:4: x transposed": {"two_four.cu": ("x_slot(lane % 8, lane / 8)", "x_slot(lane / 4, lane % 4)")},
     "2:4: a turn alone taken for two": {"linear.cuh": ("const int turns = odd && in_block == per_block - 1 ? 1 : P::kTurns", "const int turns = P::kTurns")},
     "2:4: lanes do not wait for each other": {"linear.cuh": ("if (P::kShared) __syncwarp();", "")},
+    "unstructured: bits of the other chunk": {"bitmask.cu": ("mask = t ? both.y : both.x", "mask = t ? both.x : both.y")},
+    "unstructured: own codes among those before": {"bitmask.cu": ("return sum - v", "return sum")},
+    "unstructured: half of the scan": {"bitmask.cu": ("offset < 32; offset *= 2", "offset < 16; offset *= 2")},
+    "unstructured: window moved by what might have been kept": {"bitmask.cu": ("window.drop(__popc(bits) * kBits, i)", "window.drop(32, i)")},
+    "unstructured: second window where the first began": {"bitmask.cu": ("(quarter ? __popc(mask & earlier) : 0)", "0")},
+    "unstructured: int8 that is not kept": {"bitmask.cu": ("0x80808080", "0x7f7f7f7f")},
+    "unstructured: int4 that is not kept": {"bitmask.cu": ("0x8) + 0x88888888u", "0x8)")},
+    "unstructured: bf16 behind another": {"bitmask.cu": ("0x2200 - 0x44", "0x1100 - 0x44")},
+    "unstructured: start of the second chunk": {"bitmask.cu": ("t ? info >> 16 :", "t ? info >> 17 :")},
+    "unstructured: start within a word": {"bitmask.cu": ("info >> 15 & 1,", "0,")},
+    "unstructured: last word not copied": {"bitmask.cu": ("? end + 1 :", "? end - 1 :")},
+    "unstructured: a round of units late": {"bitmask.cu": ("look_up(first + taken + 32 + lane)", "look_up(first + taken + lane)")},
+    "unstructured: offset of int4 not taken off": {"bitmask.cu": ("kSums = Value::kOffset != 0", "kSums = false")},
+    "unstructured: decoded from the lane's first": {"bitmask.cu": ("before + __popc(mask & earlier)", "before")},
     "2:4: decoded place": {"two_four.cu": ("first == 3 : second == place", "false : second == place")},
 }  # fmt: skip
 
@@ -108,6 +128,12 @@ def test_random_shapes_with_late_copies_and_reversed_threads(kernels, seed):
                      bank_dtype=rng.choice([torch.float32, *DTYPES]), bias=rng.random() < 0.5)  # fmt: skip
 
 
+@pytest.mark.parametrize(("fmt", "cases"), LONG.items(), ids=str)
+def test_long_rows(kernels, fmt, cases):
+    kernels.options(late_copies=True)
+    assert not wrong(kernels, fmt, cases[0], torch.bfloat16)
+
+
 def test_results_do_not_depend_on_the_order_of_threads(kernels):
     fmt = WeightFormat("int4", 64)
     x, packed, bias, down, up = layer(fmt, 9, 700, 64, 20, torch.bfloat16)
@@ -145,7 +171,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors():
         import ctypes, mmap, sys, tempfile, torch
         from pathlib import Path
         import cuda_emulation as ce
-        from test_cuda_emulated import FORMATS, layer
+        from test_cuda_emulated import FORMATS, layer, pack
         libc = ctypes.CDLL(None)
         libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         maps = []
@@ -166,6 +192,18 @@ def test_nothing_is_read_or_written_beyond_the_tensors():
                 x, packed, bias, down, up = layer(fmt, m, in_, out, rank, torch.bfloat16)
                 kernels.linear(x, packed, fmt, out, guarded(bias, 2), None if down is None else guarded(down), None if up is None else guarded(up, 4), rank // 2)
                 kernels.decode(packed, fmt, in_, out, 3, out, torch.bfloat16)
+        # Bits, offsets and codes that have nothing to do with each other, as in a damaged file.
+        for fmt in FORMATS:
+            if fmt.pattern != "unstructured":
+                continue
+            for seed, (m, in_, out) in enumerate(((1, 64, 32), (5, 1000, 40), (20, 200, 64))):
+                gen = torch.Generator().manual_seed(seed)
+                packed = {n: torch.randint(0, 256, t.shape, dtype=torch.uint8, generator=gen) for n, t in pack(fmt, torch.randn(out, in_), 0.3).items()}
+                packed["packed"], packed["kept"] = packed["packed"].view(-(-out // 32), -1, 16), packed["kept"].view(-1, 16)
+                if seed == 1:
+                    packed["offsets"].view(torch.int32).random_(0, packed["kept"].numel() // 8, generator=gen)
+                kernels.linear(torch.randn(m, in_, generator=gen).bfloat16(), packed, fmt, out)
+                kernels.decode(packed, fmt, in_, out, 0, out, torch.float32)
         print("done")
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
@@ -178,7 +216,7 @@ def failures(kernels: cuda_emulation.Emulated) -> list[str]:
     for late, reverse in ((False, False), (True, True)):
         kernels.options(late, reverse)
         for fmt in FORMATS_OF_BUGS:
-            for case in ((3, 300, 70, 17, 8), (24, 3000, 33, 2, 1)):
+            for case in ((3, 300, 70, 17, 8), (24, 3000, 33, 2, 1), *LONG.get(fmt, ())):
                 try:
                     found.append(wrong(kernels, fmt, case, torch.bfloat16))
                 except RuntimeError as error:

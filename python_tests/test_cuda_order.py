@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formats_table import compress_linear
+from formats_table import compress_linear, pack
 
 from calora_ext import WeightFormat, ops
 from calora_ext.embedding import gather_rows
@@ -13,6 +13,9 @@ DENSE = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4
          WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
 TWO_FOUR = [WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
             WeightFormat("int4", -1, pattern="2:4"), WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4")]  # fmt: skip
+UNSTRUCTURED = [WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 96, pattern="unstructured"),
+                WeightFormat("int4", -1, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
+                WeightFormat("bf16", pattern="unstructured")]  # fmt: skip
 SHAPES = [(32, 32), (97, 130), (1, 1), (64, 300)]  # (out, in)
 
 
@@ -86,7 +89,7 @@ def on_a_pretended_gpu(monkeypatch):
     monkeypatch.setattr("calora_ext.packed.arrange", cuda_order.to_cuda_order)
 
 
-@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("int4", 64, pattern="2:4")], ids=str)
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int4", 64, pattern="unstructured")], ids=str)
 def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
     layer = compress_linear(torch.nn.Linear(130, 97), fmt)
     canonical = {name: t.clone() for name, t in layer.state_dict().items()}
@@ -106,9 +109,57 @@ def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
 
 
 def test_a_format_without_cuda_kernels_is_refused():
-    for fmt in (WeightFormat("int4", pattern="unstructured"), WeightFormat("nf4", 64)):
+    for pattern in ("dense", "2:4", "unstructured"):
         with pytest.raises(CaloraError, match="no CUDA kernels"):
-            cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), fmt, 32, 32)
+            cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), WeightFormat("nf4", 64, pattern=pattern), 32, 32)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", UNSTRUCTURED, ids=str)
+def test_unstructured_there_and_back(fmt, shape, density, monkeypatch):
+    monkeypatch.setattr(cuda_order, "_CHUNKS", 3)
+    out, in_ = shape
+    packed = pack(fmt, torch.randn(out, in_), density)
+    there = {name: cuda_order.to_cuda_order(name, t, fmt, in_, out, packed["packed"]) for name, t in packed.items()}
+    for name, t in packed.items():
+        assert cuda_order.in_cuda_order(name, there[name]) == (name != "offsets") and there[name].numel() == t.numel()
+        assert torch.equal(cuda_order.from_cuda_order(name, there[name], fmt, in_, out, there["packed"]), t)
+
+
+def test_where_a_kept_weight_lies():
+    """One element by hand, from the picture in csrc/cuda/api.h: the same one as below; before it lie lanes 0..13 and its own bits."""
+    g, rt, j, c, s, h, e = 3, 1, 1, 2, 1, 0, 1
+    lane, mask = 4 * g + c, torch.rand(32, 64) < 0.5
+    mask[27, 53] = True
+    for values, word, element, each in (("int4", 2 * s + rt, j + 2 * e + 4 * h, 8), ("int8", 4 * s + 2 * rt + h, 2 * j + e, 4), ("bf16", 8 * s + 4 * rt + 2 * h + j, e, 2)):
+        fmt = WeightFormat(values, 64, pattern="unstructured")
+        q = fmt.quantize(torch.randn(32, 64), mask)
+        packed = fmt.pack_quantized(q)
+        there = {name: cuda_order.to_cuda_order(name, t, fmt, 64, 32, packed["packed"]) for name, t in packed.items()}
+        bits = there["packed"].flatten()[:256].view(torch.int32).view(32, 2)[:, 1]  # of the second chunk
+
+        def bit(word, element, values=values):
+            run = {"int4": 4, "int8": 4, "bf16": 8}[values]  # words whose bits stand side by side
+            return 16 * (word // run) + run * element + word % run if values != "int4" else word + 4 * element
+
+        mine = int(bits[lane])
+        before = [b for w in range(word + 1) for k in range(each) if (w, k) < (word, element) and mine >> (b := bit(w, k)) & 1]
+        place = sum((int(b) & 0xFFFFFFFF).bit_count() for b in bits[:lane]) + len(before)
+        start, kept = 8 * int(there["offsets"].view(torch.int32)[1]), there["kept"].flatten()
+        assert mine >> bit(word, element) & 1
+        if values == "int4":
+            assert (int(kept[start + place // 2]) >> 4 * (place % 2) & 15) ^ 8 == q.codes[27, 53]
+        else:
+            assert kept[start:].view(q.codes.dtype)[place] == q.codes[27, 53]
+
+
+def test_kept_codes_that_do_not_fit_their_bits_are_refused():
+    fmt = WeightFormat("int8", pattern="unstructured")
+    packed = pack(fmt, torch.randn(64, 64), 0.5)
+    for kept, words in ((packed["kept"][:-64], "more"), (torch.cat((packed["kept"], packed["kept"][:64])), "fewer")):
+        with pytest.raises(CaloraError, match=f"asks for {words}"):
+            cuda_order.to_cuda_order("kept", kept, fmt, 64, 64, packed["packed"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

@@ -2,7 +2,8 @@
 
 Same bytes per block as the canonical layout, permuted inside chunks of 32 rows x 32 columns: a pure permutation, so that going
 to a GPU and back is bit-exact. The order shows in the shape, so that it can never be mistaken: canonical ``packed`` is 2-D,
-in CUDA order it is (tiles, words, 16); canonical ``zeros`` is 1-D, in CUDA order (words, 16).
+in CUDA order it is (tiles, words, 16); canonical ``zeros`` and ``kept`` are 1-D, in CUDA order (words, 16). ``offsets`` have
+one order. What lies between the codes of ``kept`` is 0 either way.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import SCALE_BYTES, TILE_ROWS, Geometry
+from .bitmask import tail_bytes
+from .layout import BITS, SCALE_BYTES, TILE_ALIGN, TILE_ROWS, Geometry, round_up
 
 if TYPE_CHECKING:
     from . import WeightFormat
@@ -36,41 +38,57 @@ _KEPT = {
 }
 _PLACES = (("t", "rt", "j", "g", "c0", "e", "h", "c1"), ("g", "rt", "h", "t", "j", "c1", "c0", "e"))  # four a byte
 _GROUPS = ("t", "rt", "j", "g", "h", "c1", "c0", "e")
+# Unstructured, per value type: the weights of a unit of chunks as their bits lie canonically, and as they do here; the order of
+# a chunk's codes there and here.
+_BITMASK = {
+    "int4": (("t", "c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "t", "h", "e", "j", "s", "rt"), ("c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "s", "rt", "h", "e", "j")),
+    "int8": (("t", "c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "t", "s", "j", "e", "rt", "h"), ("c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "s", "rt", "h", "j", "e")),
+    "bf16": (("t", "c", "s", "h", "rt", "j", "g", "e"), ("g", "c", "t", "s", "e", "rt", "h", "j"), ("c", "s", "h", "rt", "j", "g", "e"), ("g", "c", "s", "rt", "h", "j", "e")),
+}  # fmt: skip
+_CHUNKS = 4096  # whose kept codes are moved at a time
 _SIZES = {"g": 8, "c": 4}
 _SCALES = (("rt", "j", "g"), ("g", "rt", "j"))
 _ZEROS = (("j", "g", "rt"), ("g", "rt", "j"))  # nibbles
 
 
 def in_cuda_order(name: str, tensor: Tensor) -> bool:
-    """Whether a packed tensor (by its name, ``"packed"`` or ``"zeros"``) is in CUDA order."""
-    return tensor.dim() == {"packed": 3, "zeros": 2}.get(name)
+    """Whether a packed tensor (by its name) is in CUDA order. ``offsets``, which has one order, never is."""
+    return tensor.dim() == {"packed": 3, "zeros": 2, "kept": 2}.get(name)
 
 
-def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
-    """One packed tensor of a layer, canonical -> CUDA order, on its own device. Raises CaloraError where CUDA has no kernels."""
-    g = _geometry(fmt, in_features, out_features)
-    if in_cuda_order(name, tensor):
+def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:
+    """One packed tensor of a layer, canonical -> CUDA order, on its own device.
+
+    packed: the layer's ``packed`` in either order, which ``kept`` needs. Raises CaloraError where ``kept`` is not as long as its
+    bit mask asks for.
+    """
+    if name == "offsets" or in_cuda_order(name, tensor):
         return tensor
+    g = _geometry(fmt, in_features, out_features)
     if name == "zeros":
         return _nibbles(tensor.view(-1, 16), *_ZEROS).view(-1, WORD)
+    if name == "kept":
+        return _kept(tensor, from_cuda_order("packed", packed, fmt, in_features, out_features).to(tensor.device), g, False).view(-1, WORD)
     return _blocks(tensor, g, False).view(g.tiles, -1, WORD)
 
 
-def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:
     """Inverse of :func:`to_cuda_order`, bit for bit."""
     if not in_cuda_order(name, tensor):
         return tensor
     g = _geometry(fmt, in_features, out_features)
     if name == "zeros":
         return _nibbles(tensor, *reversed(_ZEROS)).view(g.zeros_shape)
+    if name == "kept":
+        return _kept(tensor.flatten(), from_cuda_order("packed", packed, fmt, in_features, out_features).to(tensor.device), g, True)
     return _blocks(tensor, g, True).view(g.packed_shape)
 
 
-def arrange(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
+def arrange(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:
     """The tensor in the order of the device it is on; itself if it is already."""
-    if tensor.is_cuda == in_cuda_order(name, tensor):
+    if name == "offsets" or tensor.is_cuda == in_cuda_order(name, tensor):
         return tensor
-    return (to_cuda_order if tensor.is_cuda else from_cuda_order)(name, tensor, fmt, in_features, out_features)
+    return (to_cuda_order if tensor.is_cuda else from_cuda_order)(name, tensor, fmt, in_features, out_features, packed)
 
 
 def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -98,7 +116,7 @@ def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_featur
 
 
 def _geometry(fmt: WeightFormat, in_features: int, out_features: int) -> Geometry:
-    if fmt.pattern == "unstructured" or fmt.values == "nf4":
+    if fmt.values == "nf4":
         raise CaloraError(f"{fmt} has no CUDA kernels yet; keep the model on the CPU")
     return fmt.geometry(in_features, out_features)
 
@@ -108,7 +126,7 @@ def _blocks(tensor: Tensor, g: Geometry, back: bool) -> Tensor:
     data = tensor.reshape(g.tiles, g.blocks, g.block_bytes)
     out = torch.empty_like(data)
     codes = data[..., : g.code_bytes].contiguous()
-    out[..., : g.code_bytes] = {"dense": _dense, "2:4": _two_four}[g.pattern](codes, g, -1 if back else 1).view_as(codes)
+    out[..., : g.code_bytes] = {"dense": _dense, "2:4": _two_four, "unstructured": _bits}[g.pattern](codes, g, -1 if back else 1).view_as(codes)
     if g.block_bytes > g.code_bytes:
         scales = data[..., g.code_bytes :].contiguous().view(torch.int16)
         out[..., g.code_bytes :] = _permute(scales, *_SCALES[:: -1 if back else 1]).view(torch.uint8).view(g.tiles, g.blocks, SCALE_BYTES)
@@ -122,15 +140,18 @@ def _dense(codes: Tensor, g: Geometry, step: int) -> Tensor:
     return _permute(codes.view(dtype), *orders[::step]).view(torch.uint8)
 
 
+def _units(g: Geometry) -> list[tuple[int, int, int]]:
+    """(turns of a unit, first turn, last) of a block: units of two turns of 32 columns, where they are odd one of a single turn."""
+    turns = g.block_columns // CHUNK_COLUMNS
+    return [unit for unit in ((2, 0, turns // 2 * 2), (1, turns // 2 * 2, turns)) if unit[1] < unit[2]]
+
+
 def _two_four(codes: Tensor, g: Geometry, step: int) -> Tensor:
-    """Blocks (tiles, blocks, code_bytes) as units of two turns, where they are odd one of a single turn at the end."""
-    turns, place_bytes = g.block_columns // CHUNK_COLUMNS, 4 * TILE_ROWS
-    turn_bytes = g.code_bytes // turns
+    place_bytes = 4 * TILE_ROWS
+    turn_bytes = g.code_bytes * CHUNK_COLUMNS // g.block_columns
     codes = codes.view(-1, g.code_bytes)
     out = torch.empty_like(codes)
-    for size, begin, end in ((2, 0, turns // 2 * 2), (1, turns // 2 * 2, turns)):  # turns of a unit, first and last turn
-        if begin == end:
-            continue
+    for size, begin, end in _units(g):
         units = codes[:, begin * turn_bytes : end * turn_bytes].reshape(-1, size, turn_bytes)
         if step == 1:
             kept, places = units[..., :-place_bytes], units[..., -place_bytes:]
@@ -147,13 +168,57 @@ def _unit(kept: Tensor, places: Tensor, values: str, turns: int, step: int) -> t
     """Kept elements and places of whole units, each in the order of its table, `step` along it."""
     sizes = _SIZES | {"t": turns}
     source, target = _KEPT[values][::step]
-    bits = {"int4": 4, "int8": 8, "bf16": 16}[values]
+    bits = BITS[values]
     elements = kept.view(torch.int16) if bits == 16 else _split(kept ^ {4: 0x88, 8: 0x80}[bits], bits)  # around 0 <-> around the middle code
     elements = _permute(elements, source, _GROUPS, sizes).view(-1, 2)
     at = _permute(_split(places, 2), _PLACES[::step][0], _GROUPS, sizes).view(-1, 2)
     elements = torch.where((at == 3).all(-1, keepdim=True), elements.flip(-1), elements)
     elements = _permute(elements, _GROUPS, target, sizes)
     return (elements.view(torch.uint8) if bits == 16 else _join(elements, bits)), _join(_permute(at, _GROUPS, _PLACES[::step][1], sizes), 2)
+
+
+def _bits(codes: Tensor, g: Geometry, step: int) -> Tensor:
+    codes = codes.view(-1, g.code_bytes)
+    out = torch.empty_like(codes)
+    chunk_bytes = TILE_ROWS * CHUNK_COLUMNS // 8
+    for size, begin, end in _units(g):
+        at = slice(begin * chunk_bytes, end * chunk_bytes)
+        bits = _permute(_split(codes[:, at].contiguous(), 1), *_BITMASK[g.values][:2][::step], _SIZES | {"t": size})
+        out[:, at] = _join(bits, 1).view(len(codes), -1)
+    return out
+
+
+def _kept(kept: Tensor, packed: Tensor, g: Geometry, back: bool) -> Tensor:
+    """The codes of an unstructured weight, (bytes,) uint8, one way or the other; packed: its canonical bits and scales."""
+    masks = packed.reshape(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes].reshape(-1, TILE_ROWS * CHUNK_COLUMNS // 8)
+    canonical, ours = _BITMASK[g.values][2:]
+    place = torch.arange(TILE_ROWS * CHUNK_COLUMNS, device=kept.device)
+    there, here = _permute(place, canonical, ours), _permute(place, ours, canonical)  # here[there[i]] == i
+    elements = kept.view(torch.int16) if g.values == "bf16" else _split(kept, 4).view(-1) if g.values == "int4" else kept
+    out = torch.zeros_like(elements)
+    start = 0  # bytes
+    for part in masks.split(_CHUNKS):
+        mask = _split(part, 1).view(len(part), -1).bool()
+        if g.values == "int4":  # two streams: even steps in low nibbles, odd ones in high nibbles
+            streams = mask.view(-1, 4, 2, 128).transpose(1, 2).reshape(len(part), 2, -1).long()
+            sizes = streams.sum(-1).amax(-1)
+            before = (streams.cumsum(-1) - streams) * 2 + torch.arange(2, device=kept.device).view(2, 1)
+            source = before.view(len(part), 2, 4, 128).transpose(1, 2).reshape(mask.shape)
+        else:
+            source = mask.long().cumsum(-1) - mask.long()
+            sizes = mask.sum(-1) * BITS[g.values] // 8
+        ordered = mask[:, there].long()
+        target = (ordered.cumsum(-1) - ordered)[:, here]
+        ends = ((sizes + 7) // 8 * 8).cumsum(0) + start
+        if int(ends[-1]) + tail_bytes(g.values) > kept.numel():
+            raise CaloraError(f"an unstructured weight keeps {kept.numel()} bytes, its bit mask asks for more; the file is damaged")
+        starts = torch.cat((ends.new_full((1,), start), ends[:-1])) * 8 // BITS[g.values]
+        source, target = ((starts.unsqueeze(-1) + index)[mask] for index in ((target, source) if back else (source, target)))
+        out[target] = elements[source] ^ 8 if g.values == "int4" else elements[source]  # around the middle code <-> around 0
+        start = int(ends[-1])
+    if round_up(start + tail_bytes(g.values), TILE_ALIGN) != kept.numel():
+        raise CaloraError(f"an unstructured weight keeps {kept.numel()} bytes, its bit mask asks for fewer; the file is damaged")
+    return out.view(torch.uint8) if g.values == "bf16" else _join(out, 4) if g.values == "int4" else out
 
 
 def _permute(data: Tensor, source: tuple[str, ...], target: tuple[str, ...], sizes: dict[str, int] = _SIZES) -> Tensor:

@@ -23,6 +23,14 @@
 //   bit 16 j + 4 q + 2 e. These are the canonical places; the kernel makes of them what mma.sp takes. int4 and int8 are codes
 //   around 8 and 128 as in the dense order; the two values of a group whose places are 3 3 are exchanged.
 //
+// unstructured: a unit of two chunks is two 32-bit words a lane, one chunk's after the other's; a chunk alone is one word. A bit
+// for each weight of the lane, in the dense order: element k of 32-bit word `step`, as bitmask.cu takes them:
+//   int4   word 2 s + rt, element j + 2 e + 4 h, bit step + 4 k          int8   word 4 s + 2 rt + h, element 2 j + e,
+//   bf16   word 8 s + 4 rt + 2 h + j, element e,                                bit 16 (step / 4) + 4 k + step % 4
+//          bit 16 (step / 8) + 8 k + step % 8
+//   kept: chunks start where the canonical offsets say; the codes of a chunk follow one another lane by lane, word by word,
+//   element by element, for int4 two a byte, as two's complement. Offsets are the canonical ones.
+//
 // calora_ext/formats/cuda_order.py converts both ways.
 #pragma once
 #include <cstdint>
@@ -35,11 +43,14 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 
 constexpr int64_t kChunkColumns = 32;
 constexpr int64_t kBatchAlign = 8;      // t is padded to a multiple of this many rows of x: the n8 of the mma
+constexpr int kInvalidValue = 1;        // cudaErrorInvalidValue
 constexpr int64_t kFusedRows = 64;      // M up to which the linear kernels are the better way; see ops.cpp
 
 struct PackedWeight {
   const uint8_t* packed;  // in GPU order, 16-byte aligned
   const uint8_t* zeros;   // or null
+  const uint8_t *offsets, *kept;  // of an unstructured weight
+  int64_t kept_limit;             // see kept_limit() in layouts.h
   int64_t pattern, values;  // calora::Pattern, calora::Values
   int64_t in_features, out_features, group_size;
 };
@@ -56,7 +67,7 @@ struct LowRank {
 };
 
 struct LinearArgs {
-  const void* x;     // (m, x_stride), 16-byte aligned rows
+  const void* x;     // (m, x_stride), 16-byte aligned rows, 0 behind in_features
   void* y;           // (m, out_features)
   const void* bias;  // (out_features) or null
   int64_t x_dtype;   // bf16 or f16, of x and y
@@ -73,12 +84,15 @@ int calora_cuda_bank_down(const calora::cuda::LinearArgs* args, void* stream);  
 // y, bank included when t is there
 int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream);
 int calora_cuda_linear_two_four(const calora::cuda::LinearArgs* args, void* stream);
+int calora_cuda_linear_bitmask(const calora::cuda::LinearArgs* args, void* stream);
 // Rows [row_begin, row_end) of the dense weight, (rows, in_features) row-major in out_dtype.
 int calora_cuda_decode_dense(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
                              void* stream);
 int calora_cuda_decode_two_four(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
                                 void* stream);
-// Copy rows of row_bytes to rows of target_stride bytes: gives x the alignment that the linear kernels need.
+int calora_cuda_decode_bitmask(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out, int64_t out_dtype,
+                               void* stream);
+// Copy rows of row_bytes to rows of target_stride bytes, the rest of which becomes 0: gives x the alignment that the linear kernels need.
 int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* source, int64_t row_bytes, int64_t rows, void* stream);
 // The xor of all 16-byte words of data, in 8-byte halves xored together; partial: kReadBlocks words. Waits for the result.
 int calora_cuda_read(const void* data, int64_t bytes, void* partial, uint64_t* result, void* stream);

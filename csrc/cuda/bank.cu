@@ -82,8 +82,9 @@ int launch_down(const LinearArgs& a, void* stream) {
 }
 
 __global__ void __launch_bounds__(kThreads) copy_rows(uint8_t* target, int64_t target_stride, const uint8_t* source, int64_t row_bytes) {
-  for (int64_t i = threadIdx.x; i < row_bytes / 2; i += kThreads)
-    reinterpret_cast<uint16_t*>(target + blockIdx.x * target_stride)[i] = reinterpret_cast<const uint16_t*>(source + blockIdx.x * row_bytes)[i];
+  for (int64_t i = threadIdx.x; i < target_stride / 2; i += kThreads)
+    reinterpret_cast<uint16_t*>(target + blockIdx.x * target_stride)[i] =
+        i < row_bytes / 2 ? reinterpret_cast<const uint16_t*>(source + blockIdx.x * row_bytes)[i] : 0;
 }
 
 }  // namespace

@@ -65,9 +65,15 @@ __device__ __forceinline__ void load_matrices(const void* row, uint32_t (&v)[4])
                : "memory");
 }
 
-// Copies to shared memory that run beside the warp. used < 16: the rest of the 16 bytes becomes 0, and is not read.
-__device__ __forceinline__ void copy16(void* shared, const void* global, int used = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global), "r"(used) : "memory");
+// Copies to shared memory that run beside the warp.
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
+}
+// Zeros instead, and nothing is read, where there is nothing.
+__device__ __forceinline__ void copy16_if(bool there, void* shared, const void* global) {
+  asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, p;}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "r"(static_cast<uint32_t>(there))
+               : "memory");
 }
 template <int Bytes>  // 4 or 8
 __device__ __forceinline__ void copy_small(void* shared, const void* global) {
@@ -125,8 +131,6 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, vo
 #endif
 
 namespace calora::cuda {
-
-constexpr int kInvalidValue = 1;  // cudaErrorInvalidValue
 
 inline Geometry geometry_of(const PackedWeight& w) {
   return geometry(static_cast<Pattern>(w.pattern), static_cast<Values>(w.values), w.in_features, w.out_features, w.group_size);

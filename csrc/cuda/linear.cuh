@@ -58,29 +58,28 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
   const int units = static_cast<int>(geo.blocks) * per_block;
   const int first = units * warp / R::kWarps, last = units * (warp + 1) / R::kWarps;
 
-  // The ring: `next` is the unit that is copied next, `from` its bytes, `rest` the units of its block from it on.
+  // The ring: `next` is the unit that is copied next, `to` its stage, `from` its bytes, `rest` the units of its block from it on.
   uint8_t* const ring = shared + warp * (R::kStages * R::kStage);
-  int next = first, next_stage = 0, block = first / per_block, rest = per_block - first % per_block;
+  int next = first, to = 0, block = first / per_block, rest = per_block - first % per_block;
   int column = static_cast<int>(block * geo.block_columns) + (per_block - rest) * P::kTurns * static_cast<int>(kChunkColumns) + 8 * c;
+  const int rows = static_cast<int>(a.m - m0) - g, x_step = static_cast<int>(16 * a.x_stride);  // rows of x from this lane's on; 8 rows, in bytes
+  const uint8_t* x_from = static_cast<const uint8_t*>(a.x) + 2 * ((m0 + g) * a.x_stride + column);
   const uint8_t* from = a.w.packed + tile * geo.tile_bytes + block * geo.block_bytes;
   const uint8_t* scales = from + geo.block_bytes - kScaleBytes;
   from += (per_block - rest) * P::kUnitBytes;
   P pattern(a, geo, tile, lane, first, last);
   const auto fetch = [&] {
     if (next < last) {
-      uint8_t* const stage = ring + next_stage * R::kStage;
+      uint8_t* const stage = ring + to;
       const int turns = odd && rest == 1 ? 1 : P::kTurns;
       pattern.copy(stage, from, turns, lane);
 #pragma unroll
       for (int t = 0; t < P::kTurns; ++t) {
         if (t >= turns) break;
-        const int left = 2 * (static_cast<int>(a.w.in_features) - column), bytes = left >= 16 ? 16 : left > 0 ? left : 0;
+        const bool inside = column < a.w.in_features;  // x_stride is a multiple of 8: all 8 columns are
 #pragma unroll
-        for (int n = 0; n < NB; ++n) {
-          const int64_t row = m0 + 8 * n + g;
-          const bool there = row < a.m && bytes > 0;
-          copy16(stage + R::kX + (t * NB + n) * 512 + x_slot(g, c), static_cast<const uint16_t*>(a.x) + (there ? row * a.x_stride + column : 0), there ? bytes : 0);
-        }
+        for (int n = 0; n < NB; ++n) copy16_if(inside && 8 * n < rows, stage + R::kX + (t * NB + n) * 512 + x_slot(g, c), x_from + n * x_step);
+        x_from += 2 * kChunkColumns;
         column += kChunkColumns;
       }
       if (V::kScaled && (rest == 1 || next + 1 == last)) {
@@ -90,7 +89,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
       from += P::kUnitBytes;
       if (--rest == 0) rest = per_block, ++block, from = scales + kScaleBytes, scales += geo.block_bytes;
       ++next;
-      if (++next_stage == R::kStages) next_stage = 0;
+      to = to + R::kStage == R::kStages * R::kStage ? 0 : to + R::kStage;
     }
     copy_commit();  // an empty group too: the number of groups tells what has arrived
   };
@@ -103,32 +102,36 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
 
   float d[2][NB][4] = {}, sum_x[NB][4] = {};  // of the current block, not yet scaled
   const bool needs_sum = P::kOffset != 0 || (P::kZeros && a.w.zeros);
-  int in_block = first % per_block, this_stage = 0;
+  int in_block = first % per_block, at = 0;
   for (int unit = first; unit < last; ++unit) {
     copy_wait<R::kStages - 2>();
     if (P::kShared) __syncwarp();
     fetch();  // into the stage that was read one turn ago
-    const uint8_t* const stage = ring + this_stage * R::kStage;
-    if (++this_stage == R::kStages) this_stage = 0;
+    const uint8_t* const stage = ring + at;
+    at = at + R::kStage == R::kStages * R::kStage ? 0 : at + R::kStage;
     const int turns = odd && in_block == per_block - 1 ? 1 : P::kTurns;
     pattern.multiply(stage, stage + R::kX, turns, lane, P::kSums && needs_sum, sum_x, d);
     if (++in_block != per_block && unit + 1 != last) continue;
     in_block = 0;
     const uint2 scale = V::kScaled ? *reinterpret_cast<const uint2*>(stage + R::kScale + lane * 8) : uint2{};
-    const uint32_t zero = P::kZeros && a.w.zeros ? *reinterpret_cast<const uint32_t*>(stage + R::kZero + lane * 4) >> (g % 2 * 16) : 0x8888;
+    float offset[2][2] = {{P::kOffset, P::kOffset}, {P::kOffset, P::kOffset}};
+    if (P::kZeros && a.w.zeros) {
+      const uint32_t zero = *reinterpret_cast<const uint32_t*>(stage + R::kZero + lane * 4) >> (g % 2 * 16);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) offset[i / 2][i % 2] += static_cast<float>(static_cast<int>(zero >> (4 * i) & 15) - kInt4Zero);
+    }
 #pragma unroll
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const uint32_t both = rt ? scale.y : scale.x;
         const float factor = V::kScaled ? f16_to_float(static_cast<uint16_t>(j ? both >> 16 : both)) : 1.f;
-        const float offset = P::kOffset + static_cast<float>(static_cast<int>(zero >> (4 * (2 * rt + j)) & 15) - kInt4Zero);
 #pragma unroll
         for (int n = 0; n < NB; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& sum = d[rt][n][2 * j + e];
-            y[rt][n][2 * j + e] += factor * (P::kSums ? sum - offset * sum_x[n][e] : sum);
+            y[rt][n][2 * j + e] += factor * (P::kSums ? sum - offset[rt][j] * sum_x[n][e] : sum);
             sum = 0;
           }
       }

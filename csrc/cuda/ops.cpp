@@ -61,7 +61,7 @@ Dtype dtype_of(const Tensor& t, const char* what) {
 }
 
 PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int64_t>(Pattern::two_four) && format % 16 <= static_cast<int64_t>(Values::int4),
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int64_t>(Pattern::bitmask) && format % 16 <= static_cast<int64_t>(Values::int4),
                   "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
@@ -70,24 +70,31 @@ PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_
   STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
-  const bool zeros = packed.size() == 2;
-  STD_TORCH_CHECK(packed.size() == 1 || (zeros && values == Values::int4 && pattern == Pattern::dense),
-                  "calora: expected the packed weight (and for dense int4 optionally its zero points), got ", packed.size(), " tensors");
+  const bool zeros = packed.size() == 2, bitmask = pattern == Pattern::bitmask;
+  STD_TORCH_CHECK(packed.size() == (bitmask ? 3 : 1) || (zeros && values == Values::int4 && pattern == Pattern::dense),
+                  "calora: expected the packed weight (for dense int4 optionally its zero points, for unstructured weights offsets "
+                  "and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && same_device(t, packed[0]),
                     "calora: packed tensors must be contiguous uint8 tensors on one CUDA device");
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
-  STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2),
+  STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2) && (!bitmask || packed[2].dim() == 2),
                   "calora: the packed weight on the GPU is in the CPU's order; move the module with .to(\"cuda\"), which reorders it");
   STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
                   " x ", in_features, " layer of this format needs ", g.bytes());
   STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ", zeros ? packed[1].numel() : 0,
                   " bytes, expected ", g.zeros_bytes());
-  const auto* const data = static_cast<const uint8_t*>(packed[0].data_ptr());
-  const auto* const zero_data = zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr;
-  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && reinterpret_cast<uintptr_t>(zero_data) % 16 == 0,
-                  "calora: the packed weight is not 16-byte aligned; .clone() it");
-  return {data, zero_data, static_cast<int64_t>(pattern), static_cast<int64_t>(values), in_features, out_features, group_size};
+  STD_TORCH_CHECK(!bitmask || packed[1].numel() == g.offsets_bytes(), "calora: the offsets have ", bitmask ? packed[1].numel() : 0,
+                  " bytes, expected ", g.offsets_bytes());
+  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[2].numel()) >= 0, "calora: the kept codes have ",
+                  bitmask ? packed[2].numel() : 0, " bytes, too few for their tail");
+  for (const Tensor& t : packed)
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, "calora: a packed tensor is not 16-byte aligned; .clone() it");
+  const auto data = [&](std::size_t i) { return static_cast<const uint8_t*>(packed[i].data_ptr()); };
+  PackedWeight w{data(0), zeros ? data(1) : nullptr, nullptr, nullptr, 0, static_cast<int64_t>(pattern), static_cast<int64_t>(values),
+                 in_features, out_features, group_size};
+  if (bitmask) w.offsets = data(1), w.kept = data(2), w.kept_limit = kept_limit(values, packed[2].numel());
+  return w;
 }
 
 // Checks the bank's tensors; t is left for the caller.
@@ -115,17 +122,21 @@ LowRank bank_of(const Tensor& x, const std::optional<Tensor>& down, const std::o
 
 int launch_linear(const LinearArgs& a, void* stream) {
   switch (static_cast<Pattern>(a.w.pattern)) {
+    case Pattern::dense: return calora_cuda_linear_dense(&a, stream);
     case Pattern::two_four: return calora_cuda_linear_two_four(&a, stream);
-    default: return calora_cuda_linear_dense(&a, stream);
+    case Pattern::bitmask: return calora_cuda_linear_bitmask(&a, stream);
   }
+  return kInvalidValue;
 }
 
 int launch_decode(const PackedWeight& w, int64_t row_begin, int64_t row_end, void* out, Dtype dtype, void* stream) {
   const auto type = static_cast<int64_t>(dtype);
   switch (static_cast<Pattern>(w.pattern)) {
+    case Pattern::dense: return calora_cuda_decode_dense(&w, row_begin, row_end, out, type, stream);
     case Pattern::two_four: return calora_cuda_decode_two_four(&w, row_begin, row_end, out, type, stream);
-    default: return calora_cuda_decode_dense(&w, row_begin, row_end, out, type, stream);
+    case Pattern::bitmask: return calora_cuda_decode_bitmask(&w, row_begin, row_end, out, type, stream);
   }
+  return kInvalidValue;
 }
 
 Tensor decode_to(const Tensor& like, const PackedWeight& w, int64_t row_begin, int64_t row_end, ScalarType type, Dtype dtype) {
