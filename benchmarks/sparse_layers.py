@@ -69,8 +69,8 @@ def measure(out_features: int, in_features: int, m: int, rank: int, seconds: flo
 
 
 def add_to(path: Path, rows: list[dict]) -> None:
-    """The rows beside those that the file already holds, in place of those of the same shape, rung, threads, M and rank."""
-    key = ("out_features", "in_features", "isa", "threads", "m", "rank")
+    """The rows beside those that the file already holds, in place of those of the same shape, rung, threads, M, rank and values."""
+    key = ("out_features", "in_features", "isa", "threads", "m", "rank", "values")
     new = {tuple(row[k] for k in key) for row in rows}
     old = json.loads(path.read_text()) if path.exists() else []
     kept = [row for row in old if tuple(row[k] for k in key) not in new]

@@ -46,10 +46,8 @@ struct TwoFourPath {
   // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
   static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
 
-  // Tiles side by side, and turns of a tile before the next has its turn. int8 streams faster when it leaves prefetching to the
-  // processor (0.97 -> 1.08 of the bandwidth), int4 when it does not (0.85 -> 1.03): benchmarks/NOTES.md.
+  // Tiles side by side, and turns of a tile before the next has its turn: what streams best (benchmarks/NOTES.md).
   static constexpr int64_t kTiles = kStreams, kVisit = values == Values::int4 ? 2 : 1;
-  static constexpr bool kPrefetch = values == Values::int4;
 
   struct Sums {
     I products[M][R], weights[R];
@@ -99,7 +97,7 @@ struct TwoFourPath {
     };
     if constexpr (!kSum16) start(false);
     for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
-      if (kPrefetch && first == 0)
+      if (first == 0)
 #pragma GCC unroll 18
         for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kAhead);
       if constexpr (kSum16) start(true);
