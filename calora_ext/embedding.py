@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import CaloraError
 from .formats import WeightFormat, cuda_order
-from .formats.layout import BITS, SCALE_DTYPE, TILE_ROWS, ZERO_BYTES, unpad_outer_scales
+from .formats.layout import BITS, TILE_ROWS, ZERO_BYTES, split_scales
 from .formats.nf4 import NF4
 from .formats.values import dequantize
 from .linear import CompressedLinear, DecodedView, refuse_write
@@ -25,7 +25,7 @@ def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_f
     if cuda_order.in_cuda_order("packed", packed["packed"]):
         return dequantize(fmt.values, *cuda_order.gather(packed, rows, fmt, in_features, out_features)).flatten(1)[:, :in_features]
     tile, row = rows // TILE_ROWS, rows % TILE_ROWS
-    data = g.as_blocks(packed["packed"])
+    data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
     codes = data[..., : g.code_bytes].unflatten(-1, (-1, TILE_ROWS, 4))[tile, :, :, row]  # (n, blocks, steps, 4)
     if BITS[fmt.values] == 4:
         codes = torch.cat((codes & 15, codes >> 4), dim=-1)
@@ -33,10 +33,11 @@ def gather_rows(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_f
         codes = codes.contiguous().view(torch.bfloat16)
     scale = zero = None
     if g.block_bytes > g.code_bytes:
-        scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, -1))[tile, :, row]
-        scale = scale.contiguous().view(SCALE_DTYPE[fmt.values]).squeeze(-1)  # (n, blocks)
-    if "outer_scales" in packed:
-        scale = NF4.scales(scale, unpad_outer_scales(packed["outer_scales"], g)[tile])
+        scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, 2))[tile, :, row]
+        scale = scale.contiguous().view(torch.float16).squeeze(-1)  # (n, blocks)
+    if "scales" in packed:
+        scale_codes, outer = split_scales(packed["scales"], g)
+        scale = NF4.scales(scale_codes[tile, :, row], outer[tile])
     if "zeros" in packed:
         nibbles = packed["zeros"][: g.tiles * g.blocks * ZERO_BYTES].view(g.tiles, g.blocks, ZERO_BYTES)
         zero = (nibbles[tile, :, row % ZERO_BYTES] >> (row // ZERO_BYTES * 4).to(torch.uint8).unsqueeze(-1)) & 15
@@ -129,8 +130,8 @@ class _ReadsAnother:
         return self._source[0].zeros
 
     @property
-    def outer_scales(self) -> Tensor:
-        return self._source[0].outer_scales
+    def scales(self) -> Tensor:
+        return self._source[0].scales
 
     def packed_tensors(self) -> dict[str, Tensor]:
         return self._source[0].packed_tensors()

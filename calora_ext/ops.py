@@ -82,7 +82,7 @@ def runs_as(fmt: WeightFormat) -> WeightFormat:
     """The format in which the rung in use computes fastest what is stored in ``fmt``: that one, or the dense one of its codes.
 
     An unstructured weight needs vpexpandb (avx512-vnni). Without it, putting codes at their places takes a table look-up per 8
-    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight (not nf4, whose outer
+    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight (not nf4, whose
     scales are a tensor of their own).
     """
     if fmt.pattern == "unstructured" and fmt.values != "nf4" and native.isa() in ("avx2", "avx2-vnni", "avx512"):

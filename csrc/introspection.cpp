@@ -56,12 +56,12 @@ const char* layout_constant_name(int i) { return kConstants[i].name; }
 int64_t layout_constant(int i) { return kConstants[i].value; }
 
 void packed_bytes(int format, int64_t in_features, int64_t out_features, int64_t group_size, int64_t* packed, int64_t* zeros,
-                  int64_t* offsets, int64_t* outer_scales) {
+                  int64_t* offsets, int64_t* scales) {
   const Geometry g = geometry(static_cast<Pattern>(format / 16), static_cast<Values>(format % 16), in_features, out_features, group_size);
   *packed = g.bytes();
   *zeros = g.zeros_bytes();
   *offsets = g.offsets_bytes();
-  *outer_scales = g.outer_scales_bytes();
+  *scales = g.scales_bytes();
 }
 
 }  // namespace calora

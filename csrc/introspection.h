@@ -17,6 +17,6 @@ constexpr int kLayoutConstants = 7;
 CALORA_EXPORT const char* layout_constant_name(int i);
 CALORA_EXPORT int64_t layout_constant(int i);
 CALORA_EXPORT void packed_bytes(int format, int64_t in_features, int64_t out_features, int64_t group_size, int64_t* packed,
-                                int64_t* zeros, int64_t* offsets, int64_t* outer_scales);
+                                int64_t* zeros, int64_t* offsets, int64_t* scales);
 
 }  // namespace calora

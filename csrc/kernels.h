@@ -48,11 +48,12 @@ struct Weight {
   const uint8_t* kept = nullptr;     // of an unstructured weight, see layouts.h; the last chunk may start at kept_limit
   const uint8_t* offsets = nullptr;
   int64_t kept_limit = 0;
-  const uint8_t* outer_scales = nullptr;  // of nf4: geometry(...).outer_scales_bytes()
+  const uint8_t* scales = nullptr;  // of nf4: geometry(...).scales_bytes()
 
+  const uint8_t* scale_codes(int64_t tile, int64_t block) const { return scales + (tile * g.blocks + block) * kTileRows; }
   float outer_scale(int64_t tile) const {
     float scale;
-    __builtin_memcpy(&scale, outer_scales + 4 * tile, sizeof scale);
+    __builtin_memcpy(&scale, scales + g.scale_codes_bytes() + 4 * tile, sizeof scale);
     return scale;
   }
 

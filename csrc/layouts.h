@@ -19,16 +19,17 @@
 //   block (int8, always every column): K/4 steps of 128 bytes, byte 4 r + b = 128 + code of (row r, column 4 s + b),
 //     code in [-127, 127]; then 32 fp16 scales. Stored with the offset so that it is the unsigned side of vpdpbusd.
 //
-//   block (nf4): the steps of int4, then 32 scale codes, one byte a row. Blocks are multiples of 32 bytes, a tile is padded to 64.
-//        +----------------+----------------+-- ... --+----------------+----------+
-//        | step 0: 128 B  | step 1         |         | step G/8 - 1   | 32 bytes |    G = 64: 1056 bytes, 4.125 bits a weight
-//        +----------------+----------------+-- ... --+----------------+----------+
-//     weight = book[code] * scale,  scale = outer[tile] * s[row];  book[7] = 0
+//   block (nf4): the steps of int4 alone. Its scales, quantised themselves, lie in the tensor `scales`:
+//        +------------------+------------------+-- ... --+---------------+-- ... --+
+//        | tile 0, block 0: | tile 0, block 1  |         | outer scales: |         |   one byte per row of every block, then an
+//        | 32 bytes         |                  |         | fp32 a tile   | padding |   fp32 per tile; padded to 64 at the end
+//        +------------------+------------------+-- ... --+---------------+-- ... --+
+//     weight = book[code] * scale,  scale = outer * s;  book[7] = 0. G = 64: 4 + 8 / 64 + 1 / in_features bits a weight.
 //        s of scale code c: the fp16 number with the bits c << 5, that is 3 bits of exponent, 5 of mantissa:
 //        15 14 13 | 12 11 10 | 9 8 7 6 5 | 4 3 2 1 0
 //         0  0  0 | exponent | mantissa  | 0 0 0 0 0      0 for c = 0, steps of 2^-19 up to c = 63, 63 / 8192 for c = 255
-//        outer: the tensor `outer_scales`, an fp32 per tile (1 / 32 byte a row), padded to 64 bytes at the end
 //     Why a float of 8 bits and not 8 bits of a whole: rows of a tile differ, and it is one shift and the fp16 conversion.
+//     Why apart: blocks of 1056 bytes would put every second one astride cache lines, which costs a third of the speed.
 //
 //   block (bf16, always every column): K/2 steps of 128 bytes, 16-bit lane 2 r + b = (row r, column 2 s + b). No scales.
 //
@@ -66,7 +67,7 @@
 //
 // Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
 // one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
-// Every block but nf4's is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
+// Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
 #pragma once
 #include <cstdint>
 
@@ -105,7 +106,7 @@ constexpr bool has_scales(Values v) { return v != Values::bf16; }
 // What a weight of 0 is stored as, where no zero point is.
 constexpr int zero_code(Values v) { return v == Values::int4 ? kInt4Zero : v == Values::nf4 ? kNf4Zero : v == Values::int8 ? kInt8Zero : 0; }
 // Bytes that end a block.
-constexpr int64_t scale_bytes(Values v) { return v == Values::nf4 ? kTileRows : has_scales(v) ? kScaleBytes : 0; }
+constexpr int64_t scale_bytes(Values v) { return v == Values::int4 || v == Values::int8 ? kScaleBytes : 0; }
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -133,7 +134,8 @@ struct Geometry {
   int64_t tiles, columns, block_columns, blocks, block_bytes, tile_bytes;
   constexpr int64_t bytes() const { return tiles * tile_bytes; }
   constexpr int64_t zeros_bytes() const { return round_up(tiles * blocks * kZeroBytes, kTileAlign); }
-  constexpr int64_t outer_scales_bytes() const { return round_up(tiles * 4, kTileAlign); }  // of nf4
+  constexpr int64_t scale_codes_bytes() const { return tiles * blocks * kTileRows; }                    // of nf4; outer scales follow
+  constexpr int64_t scales_bytes() const { return round_up(scale_codes_bytes() + 4 * tiles, kTileAlign); }
   constexpr int64_t chunks() const { return columns / kTurnColumns; }  // of a tile
   constexpr int64_t offsets_bytes() const { return round_up(tiles * chunks() * 4, kTileAlign); }
 };
@@ -145,7 +147,7 @@ constexpr Geometry geometry(Pattern p, Values v, int64_t in_features, int64_t ou
   g.block_columns = group_size > 0 ? group_size : g.columns;
   g.blocks = g.block_columns ? g.columns / g.block_columns : 0;
   g.block_bytes = code_bytes(p, v, g.block_columns) + scale_bytes(v);
-  g.tile_bytes = round_up(g.blocks * g.block_bytes, kTileAlign);
+  g.tile_bytes = g.blocks * g.block_bytes;
   return g;
 }
 
@@ -155,8 +157,7 @@ constexpr int64_t milli_bits(Pattern p, Values v, int64_t group) {  // of a weig
   return geometry(p, v, 4096, 4096, group).bytes() * 8000 / (4096 * 4096);
 }
 static_assert(milli_bits(Pattern::dense, Values::int4, 128) == 4125 && milli_bits(Pattern::dense, Values::int4, 64) == 4250);
-static_assert(milli_bits(Pattern::dense, Values::nf4, 64) == 4125 && geometry(Pattern::dense, Values::nf4, 4096, 4096, 64).outer_scales_bytes() == 512);
-static_assert(geometry(Pattern::dense, Values::nf4, 192, 32, 64).block_bytes == 1056 && geometry(Pattern::dense, Values::nf4, 192, 32, 64).tile_bytes == 3200);
+static_assert(milli_bits(Pattern::dense, Values::nf4, 64) == 4000 && geometry(Pattern::dense, Values::nf4, 4096, 4096, 64).scales_bytes() == 4096 * 64 + 512);
 static_assert(milli_bits(Pattern::two_four, Values::int4, 128) == 3125 && milli_bits(Pattern::two_four, Values::int4, 64) == 3250);
 static_assert(milli_bits(Pattern::two_four, Values::int8, -1) == 5003 && milli_bits(Pattern::two_four, Values::bf16, -1) == 9000);
 static_assert(milli_bits(Pattern::bitmask, Values::int4, 128) == 1125 && milli_bits(Pattern::bitmask, Values::bf16, -1) == 1000);

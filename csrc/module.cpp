@@ -33,9 +33,9 @@ PYBIND11_MODULE(_native, m) {
     return d;
   }, "The constants of csrc/layouts.h.");
   m.def("packed_bytes", [](int format, int64_t in_features, int64_t out_features, int64_t group_size) {
-    int64_t packed = 0, zeros = 0, offsets = 0, outer_scales = 0;
-    calora::packed_bytes(format, in_features, out_features, group_size, &packed, &zeros, &offsets, &outer_scales);
-    return py::make_tuple(packed, zeros, offsets, outer_scales);
+    int64_t packed = 0, zeros = 0, offsets = 0, scales = 0;
+    calora::packed_bytes(format, in_features, out_features, group_size, &packed, &zeros, &offsets, &scales);
+    return py::make_tuple(packed, zeros, offsets, scales);
   }, py::arg("format"), py::arg("in_features"), py::arg("out_features"), py::arg("group_size"),
-     "(bytes of the packed tensor, of zero points, of offsets, of outer scales) by csrc/layouts.h.");
+     "(bytes of the packed tensor, of zero points, of offsets, of scales) by csrc/layouts.h.");
 }

@@ -53,9 +53,9 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
   const bool bitmask = pattern == Pattern::bitmask, nf4 = values == Values::nf4;
   const bool zeros = packed.size() == 2 && values == Values::int4 && pattern == Pattern::dense;
-  const std::size_t outer = nf4 ? 1 : 0, offsets = 1 + outer, kept = 2 + outer;  // where they are in `packed`
+  const std::size_t scales = nf4 ? 1 : 0, offsets = 1 + scales, kept = 2 + scales;  // where they are in `packed`
   STD_TORCH_CHECK(zeros || packed.size() == (bitmask ? kept + 1 : offsets),
-                  "calora: expected the packed weight (for nf4 also its outer scales, for dense int4 optionally its zero points, for "
+                  "calora: expected the packed weight (for nf4 also its scales, for dense int4 optionally its zero points, for "
                   "unstructured weights offsets and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_cpu() && t.is_contiguous(),
@@ -64,8 +64,8 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
                   " x ", in_features, " layer of this format needs ", g.bytes());
   STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ",
                   zeros ? packed[1].numel() : 0, " bytes, expected ", g.zeros_bytes());
-  STD_TORCH_CHECK(!nf4 || packed[outer].numel() == g.outer_scales_bytes(), "calora: the outer scales have ", packed[outer].numel(),
-                  " bytes, expected ", g.outer_scales_bytes());
+  STD_TORCH_CHECK(!nf4 || packed[scales].numel() == g.scales_bytes(), "calora: the scales have ", packed[scales].numel(),
+                  " bytes, expected ", g.scales_bytes());
   STD_TORCH_CHECK(!bitmask || packed[offsets].numel() == g.offsets_bytes(), "calora: the offsets have ",
                   bitmask ? packed[offsets].numel() : 0, " bytes, expected ", g.offsets_bytes());
   STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[kept].numel()) >= 0, "calora: the kept codes have ",
@@ -80,7 +80,7 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
     w.kept = static_cast<const uint8_t*>(packed[kept].data_ptr());
     w.kept_limit = kept_limit(values, packed[kept].numel());
   }
-  if (nf4) w.outer_scales = static_cast<const uint8_t*>(packed[outer].data_ptr());
+  if (nf4) w.scales = static_cast<const uint8_t*>(packed[scales].data_ptr());
   return w;
 }
 

@@ -325,10 +325,12 @@ def damage_scales(rng, directory):
     path = directory / "model.safetensors"
     data = bytearray(path.read_bytes())
     packed = {name: t for name, t in checkpoint.read_header(path).tensors.items() if t.dtype == "U8"}
-    name = rng.choice([name for name in packed if name.endswith("outer_scales")] or list(packed))
+    name = rng.choice([name for name in packed if name.endswith(".scales")] or list(packed))
     t = packed[name]
-    if name.endswith("outer_scales"):  # fp32, that of the first tile
-        data[t.begin : t.begin + 4] = rng.choice([b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x01\x00\xc0\x7f"])
+    if name.endswith(".scales"):  # fp32, that of the first tile; before it, a byte for every 64 codes of 4 bits
+        codes = packed[name.removesuffix("scales") + "packed"]
+        at = t.begin + (codes.end - codes.begin) // 32
+        data[at : at + 4] = rng.choice([b"\x00\x00\x80\x7f", b"\x00\x00\x80\xff", b"\x01\x00\xc0\x7f"])
     else:
         at = t.end - 2 * rng.randrange(1, 33)  # one of the 32 scales that end the last block
         data[at : at + 2] = rng.choice([b"\x00\x7c", b"\x00\xfc", b"\x01\x7e", b"\xff\xff"])

@@ -378,7 +378,7 @@ def test_nf4_from_estimate_to_inspect(calora, world, tmp_path):
     assert done.json["recipe"]["weights"] == "nf4" and "nf4 g64" in done.out and done.json["coverage"]["bytes"] == estimated["bytes"]
     rows = {row["name"]: row for row in calora("inspect", tmp_path / "nf4").json}
     q = "model.layers.0.self_attn.q_proj"
-    stored = rows[f"{q}.packed"]["bytes"] + rows[f"{q}.outer_scales"]["bytes"]
+    stored = rows[f"{q}.packed"]["bytes"] + rows[f"{q}.scales"]["bytes"]
     assert rows[f"{q}.packed"]["format"] == "nf4 g64" and rows["lm_head.packed"]["format"] == "nf4 g64"
     assert rows[f"{q}.packed"]["bits_per_weight"] == 8 * stored / cx.load(tmp_path / "nf4").get_submodule(q).weight.numel()
     assert calora("generate", tmp_path / "nf4", "--prompt", "the cat", "--max-new-tokens", 2).code == 0

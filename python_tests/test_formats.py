@@ -56,10 +56,10 @@ def test_unpack_is_the_inverse_of_pack(fmt, shape):
 @each_shape
 def test_bytes_are_those_of_layouts_h(fmt, shape):
     out, in_ = shape
-    packed, zeros, offsets, outer = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
+    packed, zeros, offsets, scales = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
     sizes = {name: t.numel() for name, t in pack(fmt, torch.randn(shape)).items()}
     assert sizes["packed"] == packed and sizes.get("zeros") in (None, zeros) and sizes.get("offsets") in (None, offsets)
-    assert sizes.get("outer_scales") == (outer if fmt.values == "nf4" else None)
+    assert sizes.get("scales") == (scales if fmt.values == "nf4" else None)
     assert ("zeros" in sizes) == (not fmt.symmetric) and ("offsets" in sizes) == ("kept" in sizes) == (fmt.pattern == "unstructured")
     assert all(size % 64 == 0 for size in sizes.values())
 
@@ -205,7 +205,7 @@ def test_damaged_unstructured_weights_are_refused_and_lead_nowhere(fmt):
             fmt.decode(damage(packed, name, change), in_, out)
     g = fmt.geometry(in_, out)
     wrong = packed["packed"].clone()
-    g.as_blocks(wrong)[..., : g.code_bytes] = 255
+    wrong.view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes] = 255
     with pytest.raises(CaloraError, match="offsets"):
         fmt.decode({**packed, "packed": wrong}, in_, out)
     before = ops.native.isa()

@@ -80,17 +80,17 @@ def test_zeros_stay_zeros_and_tiny_groups_vanish():
 def test_damaged_nf4_weights_are_refused():
     fmt = WeightFormat("nf4", 64)
     packed = fmt.pack(torch.randn(40, 100))
-    bad = packed["outer_scales"].clone()
-    bad[4:8] = torch.tensor([0, 0, 0x80, 0x7F], dtype=torch.uint8)  # infinity, of the second tile
+    bad = packed["scales"].clone()
+    bad[132:136] = torch.tensor([0, 0, 0x80, 0x7F], dtype=torch.uint8)  # infinity, of the second tile
     with pytest.raises(CaloraError, match="not finite"):
-        fmt.decode({**packed, "outer_scales": bad}, 100, 40)
-    for name, change in (("outer_scales", packed["outer_scales"][:8]), ("packed", packed["packed"][:, :-32]), ("packed", packed["packed"][:1])):
+        fmt.decode({**packed, "scales": bad}, 100, 40)
+    for name, change in (("scales", packed["scales"][:128]), ("packed", packed["packed"][:, :-32]), ("packed", packed["packed"][:1])):
         with pytest.raises(CaloraError, match="another model or is damaged"):
             fmt.decode({**packed, name: change.contiguous()}, 100, 40)
     with pytest.raises(CaloraError, match="do not belong"):
         fmt.decode({"packed": packed["packed"]}, 100, 40)
     with pytest.raises(RuntimeError, match="got 1 tensors"):
         torch.ops.calora.decode([packed["packed"]], fmt.id, 100, 40, 64, 0, 40)
-    with pytest.raises(RuntimeError, match="outer scales have 8 bytes"):
-        torch.ops.calora.decode([packed["packed"], packed["outer_scales"][:8].clone()], fmt.id, 100, 40, 64, 0, 40)
+    with pytest.raises(RuntimeError, match="scales have 128 bytes"):
+        torch.ops.calora.decode([packed["packed"], packed["scales"][:128].clone()], fmt.id, 100, 40, 64, 0, 40)
     assert nf4.NF4.padding(None) == 7

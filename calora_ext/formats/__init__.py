@@ -86,7 +86,7 @@ class WeightFormat:
         if not self.symmetric:
             shapes["zeros"] = g.zeros_shape
         if self.values == "nf4":
-            shapes["outer_scales"] = g.outer_scales_shape
+            shapes["scales"] = g.scales_shape
         return shapes | PATTERNS[self.pattern].shapes(g, extent)
 
     def nbytes(self, in_features: int, out_features: int, density: float = 1.0) -> int:
@@ -143,14 +143,14 @@ class WeightFormat:
         filler = torch.as_tensor(value_type.padding(zero)).to(codes.dtype)
         mask = None if q.mask is None else pad(q.mask, (0, columns, 0, rows))
         data, others = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
-        if q.scale is not None:
-            data = torch.cat((data, layout.tile_scales(pad(q.scale, (0, 0, 0, rows)), g)), dim=-1)
-        data = data.reshape(g.tiles, -1)
-        packed = {"packed": pad(data, (0, g.packed_shape[1] - data.shape[1]))}
+        scale = None if q.scale is None else pad(q.scale, (0, 0, 0, rows))
+        if scale is not None and q.outer_scale is None:
+            data = torch.cat((data, layout.tile_scales(scale, g)), dim=-1)
+        packed = {"packed": data.reshape(g.packed_shape)}
         if zero is not None:
             packed["zeros"] = layout.tile_zeros(zero, g)
         if q.outer_scale is not None:
-            packed["outer_scales"] = layout.pad_outer_scales(q.outer_scale, g)
+            packed["scales"] = layout.join_scales(scale, q.outer_scale, g)
         return packed | others
 
     def pack(self, weight: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class WeightFormat:
         """Inverse of :meth:`pack_quantized`, exactly."""
         g = self.geometry(in_features, out_features)
         self.check(packed, in_features, out_features)
-        data = g.as_blocks(packed["packed"])
+        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
         codes, mask = PATTERNS[self.pattern].untile(data[..., : g.code_bytes], packed, g)
         codes = codes[:out_features, :in_features]
         mask = None if mask is None else mask[:out_features, :in_features]
@@ -170,8 +170,9 @@ class WeightFormat:
             scale = layout.untile_scales(data[..., g.code_bytes :], g)[:out_features]
         if not self.symmetric:
             zero = layout.untile_zeros(packed["zeros"], g)[:out_features]
-        if "outer_scales" in packed:
-            outer = layout.unpad_outer_scales(packed["outer_scales"], g)
+        if "scales" in packed:
+            scale, outer = layout.split_scales(packed["scales"], g)
+            scale = scale.transpose(1, 2).reshape(-1, g.blocks)[:out_features]
         return Quantized(codes, scale, zero, mask, outer)
 
     def kept(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> int:
@@ -179,7 +180,7 @@ class WeightFormat:
         if not self.sparse:
             return in_features * out_features
         g = self.geometry(in_features, out_features)
-        return PATTERNS[self.pattern].kept(g.as_blocks(packed["packed"])[..., : g.code_bytes], g)
+        return PATTERNS[self.pattern].kept(packed["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes], g)
 
     def decode(self, packed: dict[str, Tensor], in_features: int, out_features: int) -> Tensor:
         """The dense weight (out, in) in float32: the reference of every kernel."""
@@ -201,9 +202,9 @@ class WeightFormat:
                     f"in {self} has {shape} uint8: the file belongs to another model or is damaged"
                 )
         g = self.geometry(in_features, out_features)
-        data = g.as_blocks(packed["packed"])
-        scales = layout.unpad_outer_scales(packed["outer_scales"], g) if "outer_scales" in packed else None
-        if scales is None and g.block_bytes > g.code_bytes:
+        data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
+        scales = layout.split_scales(packed["scales"], g)[1] if "scales" in packed else None
+        if g.block_bytes > g.code_bytes:
             scales = layout.untile_scales(data[..., g.code_bytes :], g)
         if scales is not None and not torch.isfinite(scales).all():
             raise CaloraError("a packed weight has a scale that is not finite; the file is damaged")

@@ -5,6 +5,7 @@ Everything here is the slow, obvious version on torch tensors; the kernels read 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,6 @@ VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2, "nf4": 3}
 PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2}
 BITS = {"bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
 ZERO_CODE = {"bf16": 0, "int8": 128, "int4": 8, "nf4": 7}  # what a weight of 0 is stored as, where no zero point is
-SCALE_DTYPE = {"int8": torch.float16, "int4": torch.float16, "nf4": torch.uint8}
 
 
 def round_up(n: int, to: int) -> int:
@@ -67,20 +67,20 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        scale = SCALE_DTYPE.get(self.values)
-        return self.code_bytes + (TILE_ROWS * scale.itemsize if scale else 0)
+        return self.code_bytes + (SCALE_BYTES if self.values in ("int4", "int8") else 0)
 
     @property
     def packed_shape(self) -> tuple[int, int]:
-        return (self.tiles, round_up(self.blocks * self.block_bytes, TILE_ALIGN))
+        return (self.tiles, self.blocks * self.block_bytes)
 
     @property
-    def outer_scales_shape(self) -> tuple[int]:
-        return (round_up(4 * self.tiles, TILE_ALIGN),)
+    def scale_codes_shape(self) -> tuple[int, int, int]:
+        """Of nf4: a byte per row of every block."""
+        return (self.tiles, self.blocks, TILE_ROWS)
 
-    def as_blocks(self, packed: Tensor) -> Tensor:
-        """The ``packed`` tensor as (tiles, blocks, block_bytes), a view."""
-        return packed[:, : self.blocks * self.block_bytes].unflatten(1, (self.blocks, self.block_bytes))
+    @property
+    def scales_shape(self) -> tuple[int]:
+        return (round_up(math.prod(self.scale_codes_shape) + 4 * self.tiles, TILE_ALIGN),)
 
     @property
     def zeros_shape(self) -> tuple[int]:
@@ -88,25 +88,26 @@ class Geometry:
 
 
 def tile_scales(scale: Tensor, g: Geometry) -> Tensor:
-    """(tiles * 32, blocks) fp16 -> (tiles, blocks, 64) uint8; or uint8 -> (tiles, blocks, 32)."""
+    """(tiles * 32, blocks) fp16 -> (tiles, blocks, 64) uint8."""
     return scale.view(g.tiles, TILE_ROWS, g.blocks).transpose(1, 2).contiguous().view(torch.uint8)
 
 
 def untile_scales(data: Tensor, g: Geometry) -> Tensor:
     """Inverse of :func:`tile_scales`; a copy, because a file may not be aligned to 2 bytes."""
-    return data.clone(memory_format=torch.contiguous_format).view(SCALE_DTYPE[g.values]).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)
+    return data.clone(memory_format=torch.contiguous_format).view(torch.float16).transpose(1, 2).reshape(g.tiles * TILE_ROWS, g.blocks)
 
 
-def pad_outer_scales(scale: Tensor, g: Geometry) -> Tensor:
-    """(tiles,) fp32 -> the padded ``outer_scales`` tensor, uint8."""
-    out = torch.zeros(g.outer_scales_shape, dtype=torch.uint8, device=scale.device)
-    out[: 4 * g.tiles] = scale.view(torch.uint8)
-    return out
+def join_scales(codes: Tensor, outer: Tensor, g: Geometry) -> Tensor:
+    """Scale codes (tiles * 32, blocks) uint8 and outer scales (tiles,) fp32 -> the padded ``scales`` tensor, uint8."""
+    parts = torch.cat((tile_scales(codes, g).view(-1), outer.view(torch.uint8)))
+    return torch.nn.functional.pad(parts, (0, g.scales_shape[0] - len(parts)))
 
 
-def unpad_outer_scales(data: Tensor, g: Geometry) -> Tensor:
-    """Inverse of :func:`pad_outer_scales`; a copy, because a file may not be aligned to 4 bytes."""
-    return data[: 4 * g.tiles].clone().view(torch.float32)
+def split_scales(data: Tensor, g: Geometry) -> tuple[Tensor, Tensor]:
+    """The ``scales`` tensor -> scale codes (tiles, blocks, 32) uint8, a view, and outer scales (tiles,) fp32, a copy, because a
+    file may not be aligned to 4 bytes."""
+    n = math.prod(g.scale_codes_shape)
+    return data[:n].view(g.scale_codes_shape), data[n : n + 4 * g.tiles].clone().view(torch.float32)
 
 
 def tile_zeros(zero: Tensor, g: Geometry) -> Tensor:

@@ -19,6 +19,7 @@ namespace {
 // what comes next is asked for step by step, into L2 and not further ahead than the misses one core can have in flight: 2 KB
 // ahead, or into L1, is slower by a fifth or more. Measured: benchmarks/NOTES.md.
 constexpr int64_t kStreams = 4, kAhead = 1024;  // tiles; bytes
+constexpr int64_t kScalesAhead = 256;           // bytes: 8 blocks of nf4
 constexpr int64_t kTurn = 4;                    // steps: blocks are whole turns, and int16 sums hold one
 constexpr int64_t kLine = 64;                   // bytes
 
@@ -122,7 +123,8 @@ struct IntPath {
 
   template <int P, int G>
   static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
-    if constexpr (V::kVnni || values == Values::nf4) dot<P, G>(a, turn, first, sum);
+    if constexpr (V::kVnni) dot<P, G>(a, turn, first, sum);
+    else if constexpr (values == Values::nf4) signed_bytes<P, G>(a, turn, first, sum);
     else if constexpr (values == Values::int4) nibbles<P, G>(a, turn, first, sum);
     else bytes<P, G>(a, turn, first, sum);
   }
@@ -152,7 +154,7 @@ struct IntPath {
         for (int m = 0; m < M; ++m) {
           const Acc v = four(a, turn, m, 4 * step);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[t][m][g] = dot4<V>(acc[t][m][g], V::iload(p + g * V::kBytes), v);
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(acc[t][m][g], V::iload(p + g * V::kBytes), v);
         }
       } else {
         Acc lo[G], hi[G];
@@ -161,7 +163,7 @@ struct IntPath {
         for (int m = 0; m < M; ++m) {
           const Acc v0 = four(a, turn, m, 8 * step), v1 = four(a, turn, m, 8 * step + 4);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) acc[t][m][g] = dot4<V>(dot4<V>(acc[t][m][g], lo[g], v0), hi[g], v1);
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::dot(V::dot(acc[t][m][g], lo[g], v0), hi[g], v1);
         }
       }
       keep_order(acc[t]);
@@ -195,6 +197,25 @@ struct IntPath {
         for (int g = 0; g < G; ++g) sum[t][m][first + g] = V::iadd(sum[t][m][first + g], V::madd(part[t][m][g], V::iset1_16(1)));
   }
 
+  // nf4 without VNNI, register by register: 15 operations for two products, which leave no registers for a second pair.
+  template <int P, int G>
+  static void signed_bytes(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
+    Acc acc[P][M][G];
+    copy<P, M, G>(sum, first, acc, 0);
+    each_step<IntPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        Acc lo[1], hi[1];
+        split(p + g * V::kBytes, lo, hi);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+          acc[t][m][g] = dot4<V>(dot4<V>(acc[t][m][g], lo[0], four(a, turn, m, 8 * step)), hi[0], four(a, turn, m, 8 * step + 4));
+        keep_order(acc[t]);
+      }
+    });
+    copy<P, M, G>(acc, 0, sum, first);
+  }
+
   // int8 without VNNI: vpmaddubsw saturates at 255 * 127 * 2. Even and odd columns as 16-bit halves do not, and need no
   // horizontal sum.
   template <int P, int G>
@@ -226,7 +247,7 @@ struct IntPath {
     const int64_t blocks = a.w.g.blocks;
 #pragma GCC unroll 4
     for (int i = 0; i < V::kTileRegs; ++i) {
-      const auto scale = V::mul(block_scale<V>(values, a.w, tile, p, i), V::set1(kUnit<values>));
+      const auto scale = V::mul(block_scale<V>(values, a.w, tile, block, p, i), V::set1(kUnit<values>));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int x_sum = a.x_sum[m * blocks + block];
@@ -256,7 +277,7 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
     for (int m = 0; m < M; ++m) x_sum[m] = Path::x_sum(a, m, block);
 #pragma GCC unroll 4
   for (int i = 0; i < V::kTileRegs; ++i) {
-    const auto scale = block_scale<V>(a.w.values, a.w, tile, p, i);
+    const auto scale = block_scale<V>(a.w.values, a.w, tile, block, p, i);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       auto v = sum[m][i];
@@ -461,6 +482,8 @@ void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
     for (int64_t block = 0; block < g.blocks; ++block) {
       typename Path::Sums sum[kStreams];
       for (int64_t i = 0; i < kStreams; ++i) clear(sum[i], Path::none());
+      if (a.w.scales)
+        for (int64_t i = 0; i < live; ++i) prefetch(a.w.scale_codes(tile[i], block) + kScalesAhead);
       for (int64_t step = 0; step < steps; step += turn_steps) {
         const uint8_t* codes[kStreams];
         for (int64_t i = 0; i < kStreams; ++i)

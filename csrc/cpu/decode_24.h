@@ -73,7 +73,7 @@ struct TwoFourPath {
   __attribute__((always_inline)) static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      auto scale = block_scale<V>(values, a.w, 0, p, i);
+      auto scale = block_scale<V>(a.w, p, i);
       if constexpr (kTimes16) scale = V::mul(scale, V::set1(1.0f / 16));
       const I offset = V::template shl32<7>(sums.weights[i]);
 #pragma GCC unroll 8

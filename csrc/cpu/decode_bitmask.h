@@ -74,7 +74,7 @@ struct MaskPath {
     const int64_t blocks = a.w.g.blocks;
 #pragma GCC unroll 2
     for (int i = 0; i < R; ++i) {
-      const auto scale = block_scale<V>(values, a.w, 0, p, i);
+      const auto scale = block_scale<V>(a.w, p, i);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int offset = (values == Values::int8 ? kInt8Zero : kInt4Zero) * a.x_sum[m * blocks + block];

@@ -28,7 +28,7 @@ Block block_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t 
   }
   const uint8_t* nibbles = w.zeros + (tile * g.blocks + block) * kZeroBytes;
   for (int n = 0; n < kTileRows; n += V::kLanes) {
-    V::store(b.scale + n, has_scales(w.values) ? block_scale<V>(w.values, w, tile, packed, n / V::kLanes) : V::set1(1.0f));
+    V::store(b.scale + n, has_scales(w.values) ? block_scale<V>(w.values, w, tile, block, packed, n / V::kLanes) : V::set1(1.0f));
     if (w.zeros) {  // byte i: rows i and 16 + i
       const auto z = V::widen_u8(nibbles + n % 16);
       V::istore(b.zero + n, n < 16 ? V::iand(z, V::iset1(15)) : V::template shr32<4>(z));

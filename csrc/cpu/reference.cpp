@@ -99,16 +99,15 @@ int bitmask_code(const Weight& w, const uint8_t* chunk, const Place& at) {
   return w.values == Values::nf4 ? code : code - kInt4Zero;
 }
 
-float scale_of(const Weight& w, int64_t tile, const Place& at) {
-  const uint8_t* scales = at.block + w.g.block_bytes - scale_bytes(w.values);
-  if (w.values == Values::nf4) return from_fp16(static_cast<uint16_t>(scales[at.row] << kScaleShift)) * w.outer_scale(tile);
-  return from_fp16(load16(scales + 2 * at.row));
+float scale_of(const Weight& w, int64_t tile, int64_t block, const Place& at) {
+  if (w.values != Values::nf4) return from_fp16(load16(at.block + w.g.block_bytes - kScaleBytes + 2 * at.row));
+  return from_fp16(static_cast<uint16_t>(w.scale_codes(tile, block)[at.row] << kScaleShift)) * w.outer_scale(tile);
 }
 
 Element element(const Weight& w, int64_t n, int64_t k) {
   const Place at = place(w, n, k);
   const int64_t c = at.column;
-  const float scale = scale_of(w, n / kTileRows, at);
+  const float scale = scale_of(w, n / kTileRows, k / w.g.block_columns, at);
   if (w.pattern == Pattern::two_four) return {two_four_code(w.values, at), scale};
   if (w.pattern == Pattern::bitmask) return {bitmask_code(w, w.chunk(n / kTileRows, k / kTurnColumns), at), scale};
   if (w.values == Values::int8) return {at.block[c / 4 * 128 + 4 * at.row + c % 4] - kInt8Zero, scale};

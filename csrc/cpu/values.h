@@ -58,12 +58,17 @@ __attribute__((always_inline)) inline typename V::I dot4(typename V::I acc, type
   else return V::iadd(acc, V::madd(V::maddubs(V::abs8(w), V::sign8(x, w)), V::iset1_16(1)));
 }
 
-// The scales of rows i * kLanes ... of a tile's block.
+// The fp16 scales of rows i * kLanes ... that end the block at p.
 template <class V>
-__attribute__((always_inline)) inline typename V::F block_scale(Values values, const Weight& w, int64_t tile, const uint8_t* block, int i) {
-  const uint8_t* scales = block + w.g.block_bytes - scale_bytes(values);
-  if (values != Values::nf4) return V::load_fp16(scales + 2 * i * V::kLanes);
-  return V::mul(V::template load_small_floats<kScaleShift>(scales + i * V::kLanes), V::set1(w.outer_scale(tile)));
+typename V::F block_scale(const Weight& w, const uint8_t* p, int i) {
+  return V::load_fp16(p + w.g.block_bytes - kScaleBytes + 2 * i * V::kLanes);
+}
+
+// The scales of those rows wherever they are, of a tile's block, which begins at p.
+template <class V>
+__attribute__((always_inline)) inline typename V::F block_scale(Values values, const Weight& w, int64_t tile, int64_t block, const uint8_t* p, int i) {
+  if (values != Values::nf4) return block_scale<V>(w, p, i);
+  return V::mul(V::template load_small_floats<kScaleShift>(w.scale_codes(tile, block) + i * V::kLanes), V::set1(w.outer_scale(tile)));
 }
 
 }  // namespace
