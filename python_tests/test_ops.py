@@ -28,7 +28,7 @@ def test_opcheck_backward_and_decode(fmt):
     _, packed, fmt, in_, out, group, *_ = arguments(fmt=fmt)
     torch.library.opcheck(torch.ops.calora.linear_dx.default, (torch.randn(3, out), packed, fmt, in_, out, group))
     torch.library.opcheck(torch.ops.calora.decode.default, (packed, fmt, in_, out, group, 10, 40))
-    if fmt != FMT.id and ops.native.isa() != "reference":
+    if fmt >= 16 and ops.native.isa() != "reference":  # sparse
         torch.library.opcheck(torch.ops.calora.expand.default, (packed, fmt, in_, out, group))
 
 
