@@ -38,6 +38,8 @@ ARMS = {
     "magnitude": ("prune", {"pruner": "magnitude"}),
     "Wanda": ("prune", {"pruner": "wanda"}),
     "SparseGPT": ("prune", {"pruner": "sparsegpt"}),
+    "SparseGPT, RMI": ("prune", {"pruner": "sparsegpt", "rates": "rmi"}),
+    "SparseGPT, arithmetic rates": ("prune", {"pruner": "sparsegpt", "rates": "arithmetic"}),
     "Wanda + unmerged LoRA": ("lora", {"pruner": "wanda"}),
     "SparseGPT + unmerged LoRA": ("lora", {"pruner": "sparsegpt"}),
     "Wanda, masked LoRA, uniform": ("losa", {"pruner": "wanda", **ONE_SHOT, **UNIFORM}),
@@ -118,7 +120,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=64, help="windows of training text to prune with")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    plan = {name: getattr(options, name) for name in ("steps", "batch_size", "windows", "calibration", "learning_rates")} | {"rank": RANK, "window": WINDOW}
+    plan = {name: getattr(options, name) for name in ("steps", "batch_size", "windows", "calibration")} | {"rank": RANK, "window": WINDOW}
     stored = json.loads(options.out.read_text()) if options.out.exists() else {"plan": plan, "runs": []}
     if stored["plan"] != plan:
         parser.error(f"{options.out} was made with {stored['plan']}; name another --out")

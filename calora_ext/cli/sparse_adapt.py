@@ -43,7 +43,7 @@ def sparse_adapt(
     rounding: options.Rounding = None,
     pruner: Annotated[str, typer.Option(help="What chooses them: magnitude, wanda or sparsegpt.")] = "sparsegpt",
     rates: Annotated[
-        str | None, typer.Option(help="How a share is spread over the layers: uniform, arithmetic, rmi, owl, or FILE.json with {layer: share}.  [default: arithmetic, n:m uniform]")
+        str | None, typer.Option(help="How a share is spread over the layers: uniform, arithmetic, rmi, owl, or FILE.json with {layer: share}.  [default: rmi, n:m uniform]")
     ] = None,
     prunings: Annotated[int, typer.Option(help="How many times it is pruned, a little more each time.")] = 5,
     schedule: Annotated[str, typer.Option(help="How the sparsity grows: cubic or linear.")] = "cubic",

@@ -63,7 +63,7 @@ def sparse_adapt(
     result saves, loads and carries adapters like any other compressed model. Until then a weight takes 5 bytes beside the dense one.
 
     sparsity: a share (default 0.7, the paper's headline) or a pattern such as "2:4". recipe: instead of it, everything about the
-    result; by default bf16 weights, which round least, chosen by SparseGPT, with arithmetic rates (the paper's are "rmi").
+    result; by default bf16 weights, which round least, chosen by SparseGPT, with rates "rmi" (a pattern: uniform), as published.
     prunings: 5, as published; 1 prunes once. schedule: how the sparsity grows over them, "cubic" as published, or "linear".
     rank: 8, as published, the mean over blocks and prunings; rank_growth: by how much the mean rises at each (1). ranks: "error",
     in proportion to the error of each block's output and at most twice the rank, as published, or "uniform".
@@ -125,7 +125,7 @@ def _recipe(sparsity: str | float | None, recipe: Recipe | None) -> Recipe:
 
 def default_rates(sparsity: str | float) -> str:
     """What spreads a sparsity over the blocks: a pattern is the same everywhere."""
-    return "uniform" if ":" in str(sparsity) else "arithmetic"
+    return "uniform" if ":" in str(sparsity) else "rmi"
 
 
 def _sequences(samples: list[Sample], settings: Settings) -> list[Tensor]:
