@@ -33,8 +33,10 @@ FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("in
            *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 32), ("int4", 128), ("int8",), ("bf16",)))]  # fmt: skip
 SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("int8"), WeightFormat("bf16"),
                  *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 128), ("bf16",)))]  # fmt: skip
+BY_ROW = "int4 g128, 8 banks for 8 rows"
 # What a row is meant to reach, M <= 8: (row, peer, how many times as fast).
-TARGETS = [("int4 g128 2:4", "int4 g128", 1.22), ("int4 g128 unstructured", "int4 g128", 1.15), ("bf16 unstructured", "cuBLAS bf16", 1.4)]
+TARGETS = [("int4 g128 2:4", "int4 g128", 1.22), ("int4 g128 unstructured", "int4 g128", 1.15), ("bf16 unstructured", "cuBLAS bf16", 1.4),
+           (BY_ROW, "int4 g128 + LoRA 16 + recovery 64", 0.8)]  # fmt: skip
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
@@ -151,6 +153,25 @@ def backward(device: str) -> dict:
         for name, got, want in zip(("x", "bias", "down", "up"), leaves, twins, strict=True):
             if not relative(got.grad, want.grad) < 1e-4:
                 failed.append(f"{fmt}: gradient of {name}, m={m}: {relative(got.grad, want.grad):.2e}")
+    return {"failed": failed}
+
+
+def adapters_by_row() -> dict:
+    """Rows of x that take one of three banks each, or none: fused and decoded, against float64."""
+    failed = []
+    for m in (8, 40, 100):
+        case = Case(WeightFormat("int4", 128), m, 1024, 512, 0, 0, torch.bfloat16, "cuda", seed=m)
+        down, up = torch.randn(3, 24, 1024, device="cuda") / 32, torch.randn(3, 512, 24, device="cuda")
+        down, up = down.bfloat16(), up.bfloat16()
+        rows = torch.randint(-1, 3, (m,), device="cuda")
+        y = ops.linear(case.x, case.packed, case.fmt, 1024, 512, case.bias, down, torch.stack([ops.tile_up(u) for u in up]), 8, "exact", rows)
+        want = case.wanted()
+        for i, adapter in enumerate(rows.tolist()):
+            if adapter >= 0:
+                want[i] += ops.gelu_rows(case.x[i].double() @ down[adapter].double().t(), 8) @ up[adapter].double().t()
+        limit = (TOLERANCE if m <= 64 else PREFILL_TOLERANCE)[torch.bfloat16]
+        if not relative(y, want) <= limit:
+            failed.append(f"an adapter for each row, m={m}: {relative(y, want):.2e} > {limit:.0e}")
     return {"failed": failed}
 
 
@@ -303,6 +324,9 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> Non
         bank = (None, down, up, lora)
         add(f"{fmt}", timed([lambda w=w, fmt=fmt: ours(w, fmt) for w in weights]), nbytes)
         add(f"{fmt} + LoRA 16 + recovery 64", timed([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
+        if m == 8 and fmt == WeightFormat("int4", 128):
+            stacked = (None, down.expand(8, -1, -1).contiguous(), up.expand(8, -1, -1, -1).contiguous(), lora, "exact", torch.arange(8, device="cuda"))
+            add(BY_ROW, timed([lambda w=w, fmt=fmt, stacked=stacked: ours(w, fmt, *stacked) for w in weights]), nbytes)
         if fmt.values == "int4" and not fmt.sparse:
             add(f"{fmt} + bank, eager", timed_eager([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
     dense = [torch.randn(out, in_, device="cuda", dtype=dtype) for _ in range(copies(2 * in_ * out))]
@@ -397,6 +421,7 @@ def main() -> int:
 
     stages: dict[str, Callable[[], dict]] = {
         "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
+        "adapters by row": adapters_by_row,
         "modules": lambda: module_moves("cuda"), "graphs": graphs_and_streams, "checkers": lambda: checkers(min(120, left() / 3)),
     }  # fmt: skip
     for name, stage in stages.items():

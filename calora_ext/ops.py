@@ -50,22 +50,27 @@ def linear(
     up: Tensor | None = None,
     identity_rank: int = 0,
     activations: str = "int8",
+    row_adapter: Tensor | None = None,
 ) -> Tensor:
     """The fused layer. Where a gradient is recorded the exact path runs, so that backward is the derivative of forward.
 
     float16 x (which no CPU kernel takes) is computed in float32 and returned as float16. On a GPU, where x is multiplied as it
     is, activations are always exact.
+
+    row_adapter: on a GPU, one bank for each row of x: (rows,) int64 numbers into stacked banks, down (adapters, rank, in_features)
+    and up (adapters, out_features, rank) or tiled (adapters, tiles, rank, 32); -1 for none. For inference only. A number that is
+    none of theirs makes its row NaN where it cannot be refused without waiting for the GPU.
     """
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias))
     if recording:
         activations = "exact"
     if x.dtype == torch.float16 and not x.is_cuda:
         return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
-                      identity_rank, activations).half()  # fmt: skip
+                      identity_rank, activations, row_adapter).half()  # fmt: skip
     # Autograd and autocast are Python wrappers of several microseconds: they are passed through only where they do something.
     op = torch.ops.calora.linear if recording or torch.is_autocast_enabled(x.device.type) else torch.ops.calora.linear_inference
     return op.default(
-        x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, None, ACTIVATIONS[activations]
+        x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, row_adapter, ACTIVATIONS[activations]
     )
 
 
@@ -137,7 +142,9 @@ def _(packed, format, in_features, out_features, group_size):
 
 
 def _setup_context(ctx, inputs, output):
-    x, packed, fmt, in_features, out_features, group_size, bias, down, up, identity_rank, _, activations = inputs
+    x, packed, fmt, in_features, out_features, group_size, bias, down, up, identity_rank, row_adapter, activations = inputs
+    if row_adapter is not None:
+        raise CaloraError("one adapter per row is for inference; run it under torch.no_grad()")
     if activations != ACTIVATIONS["exact"]:
         raise CaloraError("int8 activations have no derivative; call calora::linear with activations=0 where gradients are recorded")
     ctx.save_for_backward(x, down, up, *packed)
@@ -186,11 +193,12 @@ def gelu_rows_derivative(t: Tensor, identity_rank: int) -> Tensor:
     return torch.cat((torch.ones_like(t[..., :identity_rank]), slope), dim=-1)
 
 
-DENSE_LINEAR = "(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int identity_rank) -> Tensor"
+DENSE_LINEAR = "(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, int identity_rank, Tensor? row_adapter) -> Tensor"
 torch.library.define("calora::dense_linear", DENSE_LINEAR)
 
 
-def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, identity_rank: int) -> Tensor:
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, identity_rank: int,
+                 row_adapter: Tensor | None = None) -> Tensor:  # fmt: skip
     """The layer on a weight that is decoded already, (out_features, in_features) in x's dtype, by torch's matrix products: what
     the CUDA operator does with many rows of x. The bank comes first, so that the base is added to it inside the product."""
     rows = x.reshape(-1, x.shape[-1])
@@ -198,8 +206,17 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | 
     bias = None if bias is None else bias.to(x.dtype)
     if down is None or up is None:
         return torch.nn.functional.linear(x, weight, bias)
-    up = (untile_up(up, weight.shape[0]) if up.dim() == 3 else up).to(x.dtype)
-    t = gelu_rows(rows @ down.to(x.dtype).t(), identity_rank)
+    if row_adapter is None:
+        up = (untile_up(up, weight.shape[0]) if up.dim() == 3 else up).to(x.dtype)
+        t = gelu_rows(rows @ down.to(x.dtype).t(), identity_rank)
+    else:  # one bank of all ranks side by side, of which each row keeps its own: nothing here waits for the numbers
+        up = up.transpose(-1, -2).flatten(1, 2)[:, : weight.shape[0]] if up.dim() == 4 else up
+        adapters, rank, _ = down.shape
+        own = row_adapter.view(-1, 1) == torch.arange(adapters, device=x.device)
+        wrong = (row_adapter < -1) | (row_adapter >= adapters)
+        t = gelu_rows((rows @ down.to(x.dtype).flatten(0, 1).t()).view(-1, adapters, rank), identity_rank)
+        t = t.masked_fill(~own.unsqueeze(-1), 0).masked_fill(wrong.view(-1, 1, 1), torch.nan).flatten(1)
+        up = up.to(x.dtype).transpose(0, 1).flatten(1)
     y = t @ up.t() if bias is None else torch.addmm(bias, t, up.t())
     return y.addmm_(rows, weight.t()).view(shape)
 
@@ -208,7 +225,7 @@ torch.library.impl("calora::dense_linear", "CompositeExplicitAutograd")(dense_li
 
 
 @torch.library.register_fake("calora::dense_linear")
-def _(x, weight, bias, down, up, identity_rank):
+def _(x, weight, bias, down, up, identity_rank, row_adapter):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 

@@ -137,7 +137,7 @@ Tensor like_with_last(const Tensor& x, int64_t last) {
 Tensor linear_cpu(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features,
                   int64_t group_size, std::optional<Tensor> bias, std::optional<Tensor> down, std::optional<Tensor> up,
                   int64_t identity_rank, std::optional<Tensor> row_adapter, int64_t activations) {
-  STD_TORCH_CHECK(!row_adapter, "calora: one adapter per row is not supported by this version; pass row_adapter=None");
+  STD_TORCH_CHECK(!row_adapter, "calora: one adapter per row runs on a GPU only; pass row_adapter=None");
   STD_TORCH_CHECK(activations == 0 || activations == 1, "calora: activations must be 0 (exact) or 1 (int8), got ", activations);
   LinearArgs a{};
   a.x_dtype = dtype_of(x, "x");

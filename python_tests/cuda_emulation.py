@@ -28,7 +28,7 @@ class PackedWeight(c.Structure):
 
 
 class LowRank(c.Structure):
-    _fields_ = [*((n, c.c_void_p) for n in ("down", "up", "t")),
+    _fields_ = [*((n, c.c_void_p) for n in ("down", "up", "row_adapter")), *((n, c.c_int64) for n in ("adapters", "up_adapter")), ("t", c.c_void_p),
                 *((n, c.c_int64) for n in ("dtype", "rank", "identity_rank", "up_tile", "up_row", "up_rank"))]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ class Emulated:
         weight.keep = ordered  # args hold bare pointers
         return weight
 
-    def linear(self, x: Tensor, packed, fmt: WeightFormat, out_features: int, bias=None, down=None, up=None, identity_rank=0) -> Tensor:
+    def linear(self, x: Tensor, packed, fmt: WeightFormat, out_features: int, bias=None, down=None, up=None, identity_rank=0, row_adapter=None) -> Tensor:
         """y, as the operator computes it: x padded where its rows are not 16-byte aligned, then bank_down, then the pattern's kernel."""
         m, in_features = x.shape
         stride = -(-in_features // 8) * 8
@@ -88,9 +88,11 @@ class Emulated:
         if bias is not None:
             args.bias, args.bias_dtype = bias.data_ptr(), DTYPES[bias.dtype]
         if down is not None:
-            rank, tiled = down.shape[0], up.dim() == 3
+            adapters = 1 if row_adapter is None else len(down)
+            rank, tiled = down.shape[-2], up.dim() == (3 if row_adapter is None else 4)
             t = torch.full((rank, -(-m // 8) * 8), float("nan"))
-            args.bank = LowRank(down.data_ptr(), up.data_ptr(), t.data_ptr(), DTYPES[down.dtype], rank, identity_rank,
+            args.bank = LowRank(down.data_ptr(), up.data_ptr(), None if row_adapter is None else row_adapter.data_ptr(), adapters,
+                                up.numel() // adapters, t.data_ptr(), DTYPES[down.dtype], rank, identity_rank,
                                 32 * rank, *((1, 32) if tiled else (rank, 1)))  # fmt: skip
             self.check(self.library.calora_cuda_bank_down(c.byref(args), None))
         self.check(getattr(self.library, f"calora_cuda_linear_{LAUNCHERS[fmt.pattern]}")(c.byref(args), None))

@@ -50,6 +50,9 @@ BUGS = {
     "rows beyond the end": {"linear.cuh": ("m >= a.m || out >= a.w.out_features", "out >= a.w.out_features + 31")},
     "GELU on LoRA": {"bank.cu": ("r0 + r >= a.bank.identity_rank)", "r0 + r > a.bank.identity_rank)")},
     "half of the shuffle": {"bank.cu": ("int offset = 16;", "int offset = 8;")},
+    "by row: the next row's adapter": {"bank.cuh": ("const int64_t m = m0 + 8 * n + 2 * c + e;", "const int64_t m = m0 + 8 * n + 2 * c + (e ^ 1);")},
+    "by row: the first adapter's U": {"bank.cuh": ("? adapter * bank.up_adapter : 0", "? 0 : 0")},
+    "by row: the first adapter's D": {"bank.cu": ("load_down(adapter);", "load_down(0);")},
     "bank rows": {"bank.cuh": ("u[rt][j] * t.y", "u[rt][1 - j] * t.y")},
     "decoded columns": {"decode.cuh": ("i >> 2, i >> 1 & 1, i & 1", "i >> 2, i & 1, i >> 1 & 1")},
     "2:4: places as they are": {"two_four.cu": ("= ordered(t ? places.y : places.x)", "= t ? places.y : places.x")},
@@ -144,6 +147,38 @@ def test_results_do_not_depend_on_the_order_of_threads(kernels):
     assert all(torch.equal(results[0], y) for y in results[1:])
 
 
+def by_row(kernels, fmt, m, tiled=False, rank=24, identity_rank=8, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what is wrong, the results): rows of x that take one of three banks each, or none, against the same rows with that bank alone."""
+    in_, out, adapters = 300, 70, 3
+    gen = torch.Generator().manual_seed(m)
+    x, packed, bias, *_ = layer(fmt, m, in_, out, 0, dtype)
+    down, up = torch.randn(adapters, rank, in_, generator=gen) / in_**0.5, torch.randn(adapters, out, rank, generator=gen)
+    rows = torch.randint(-1, adapters, (m,), generator=gen)
+    stack = torch.stack([ops.tile_up(u) for u in up]) if tiled else up
+    y = kernels.linear(x, packed, fmt, out, bias, down, stack, identity_rank, rows)
+    want = torch.stack([in_float64(x[i], fmt.decode(packed, in_, out), bias, *((down[a], up[a]) if a >= 0 else (None, None)), identity_rank)
+                        for i, a in enumerate(rows)])  # fmt: skip
+    error, rounding = (y.double() - want).norm(), (want.to(dtype).double() - want).norm()
+    return "" if error <= 1.2 * rounding else f"by row: error {error:.3g}, where rounding the output costs {rounding:.3g}", y
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["up", "tiled"])
+@pytest.mark.parametrize("m", [1, 8, 13, 40])
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64), WeightFormat("int8", pattern="2:4"), WeightFormat("int4", 64, pattern="unstructured")], ids=str)
+def test_an_adapter_for_each_row(kernels, fmt, m, tiled):
+    kernels.options(late_copies=True, reverse=m % 2 == 0)
+    assert not by_row(kernels, fmt, m, tiled)[0]
+
+
+def test_a_number_that_is_no_adapter_makes_its_row_nan(kernels):
+    kernels.options()
+    fmt = WeightFormat("int4", 64)
+    x, packed, bias, *_ = layer(fmt, 5, 300, 70, 0, torch.bfloat16)
+    down, up = torch.randn(2, 8, 300), torch.randn(2, 70, 8)
+    y = kernels.linear(x, packed, fmt, 70, bias, down, up, 8, torch.tensor([0, 2, -1, -2, 1 << 40]))
+    assert torch.isnan(y).all(1).tolist() == [False, True, False, True, True] and torch.isfinite(y[[0, 2]]).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_activation_stays_in_its_row(kernels, value):
     kernels.options()
@@ -221,6 +256,7 @@ def failures(kernels: cuda_emulation.Emulated) -> list[str]:
                     found.append(wrong(kernels, fmt, case, torch.bfloat16))
                 except RuntimeError as error:
                     found.append(str(error))
+            found.append(by_row(kernels, fmt, 13)[0])
             packed = pack(fmt, torch.randn(33, 130))
             if not torch.equal(kernels.decode(packed, fmt, 130, 33, 0, 33, torch.float32), fmt.decode(packed, 130, 33)):
                 found.append("decode differs")

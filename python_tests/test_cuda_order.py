@@ -170,7 +170,7 @@ def test_dense_linear_is_the_layer(rank, identity_rank, bias, tiled, dtype):
     x, w = (torch.randn(*shape, generator=gen).to(dtype) for shape in ((3, 40, 130), (97, 130)))
     b = torch.randn(97, generator=gen).to(dtype) if bias else None
     down, up = (torch.randn(rank, 130, generator=gen) / 130**0.5, torch.randn(97, rank, generator=gen)) if rank else (None, None)
-    y = torch.ops.calora.dense_linear(x, w, b, down, ops.tile_up(up) if tiled and rank else up, identity_rank)
+    y = torch.ops.calora.dense_linear(x, w, b, down, ops.tile_up(up) if tiled and rank else up, identity_rank, None)
     want = x.double() @ w.double().t() + (b.double() if bias else 0)
     if rank:
         t = x.double() @ down.double().t()
@@ -180,7 +180,22 @@ def test_dense_linear_is_the_layer(rank, identity_rank, bias, tiled, dtype):
     assert (y.double() - want).norm() <= {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype] * want.norm()
 
 
+@pytest.mark.parametrize("tiled", [False, True], ids=["up", "tiled"])
+def test_dense_linear_with_an_adapter_for_each_row(tiled):
+    gen = torch.Generator().manual_seed(2)
+    x, w, down, up = (torch.randn(*shape, generator=gen) for shape in ((2, 3, 130), (97, 130), (4, 24, 130), (4, 97, 24)))
+    rows = torch.tensor([0, -1, 3, 1, 4, 1])
+    stack = torch.stack([ops.tile_up(u) for u in up]) if tiled else up
+    y = torch.ops.calora.dense_linear(x, w, None, down, stack, 8, rows).view(6, 97)
+    for i, a in enumerate(rows.tolist()):
+        if a == 4:
+            assert torch.isnan(y[i]).all()
+            continue
+        bank = (down[a], up[a]) if a >= 0 else (None, None)
+        torch.testing.assert_close(y[i], torch.ops.calora.dense_linear(x.view(6, 130)[i], w, None, *bank, 8, None), rtol=1e-4, atol=1e-4)
+
+
 def test_dense_linear_passes_opcheck():
     x, w, down, up = torch.randn(5, 64), torch.randn(40, 64), torch.randn(3, 64), torch.randn(40, 3)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.calora.dense_linear.default, (x, w, None, down, up, 1), test_utils=tests)
+    torch.library.opcheck(torch.ops.calora.dense_linear.default, (x, w, None, down, up, 1, None), test_utils=tests)

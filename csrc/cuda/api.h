@@ -57,9 +57,13 @@ struct PackedWeight {
 
 // phi(x D^T) U^T. U is (out_features, rank) or tiled (tiles, rank, 32): element (n, r) lies at
 // n / 32 * up_tile + n % 32 * up_row + r * up_rank.
+// With row_adapter D and U are stacks of `adapters` of them: row m of x takes number row_adapter[m], no bank where that is -1, and
+// becomes NaN where it is any other number that is not one of theirs (a kernel cannot raise).
 struct LowRank {
   const void* down;  // (rank, in_features)
   const void* up;
+  const int64_t* row_adapter;    // (m) or null
+  int64_t adapters, up_adapter;  // up_adapter: elements from one U to the next
   float* t;          // (rank, round_up(m, 8)): phi(x D^T), written by bank_down and read by the linear kernels
   int64_t dtype;     // of down and up, a Dtype
   int64_t rank, identity_rank;

@@ -29,8 +29,8 @@ __device__ __forceinline__ void load8(const void* row, int64_t column, int64_t c
   for (int i = 0; i < 8; ++i) v[i] = column + i < columns ? load(row, column + i, dtype) : 0;
 }
 
-// One block: Ranks rows of D against 8 rows of x, its threads split the columns.
-template <int Ranks>
+// One block: Ranks rows of D against 8 rows of x, its threads split the columns. ByRow: each row of x has a D of its own, or none.
+template <int Ranks, bool ByRow>
 __global__ void __launch_bounds__(kThreads) bank_down(const LinearArgs a) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t r0 = static_cast<int64_t>(blockIdx.x) * Ranks, m0 = static_cast<int64_t>(blockIdx.y) * 8, columns = a.w.in_features;
@@ -40,14 +40,22 @@ __global__ void __launch_bounds__(kThreads) bank_down(const LinearArgs a) {
   float sum[Ranks][8] = {};
   for (int64_t column = 8 * threadIdx.x; column < columns; column += 8 * kThreads) {
     float d[Ranks][8];
+    const auto load_down = [&](int64_t adapter) {
 #pragma unroll
-    for (int r = 0; r < Ranks; ++r) {
-      const int64_t row = r0 + r < a.bank.rank ? r0 + r : r0;
-      load8(static_cast<const uint8_t*>(a.bank.down) + row * columns * down_bytes, column, columns, down_words, dtype, d[r]);
-    }
+      for (int r = 0; r < Ranks; ++r) {
+        const int64_t row = adapter * a.bank.rank + (r0 + r < a.bank.rank ? r0 + r : r0);
+        load8(static_cast<const uint8_t*>(a.bank.down) + row * columns * down_bytes, column, columns, down_words, dtype, d[r]);
+      }
+    };
+    if (!ByRow) load_down(0);
 #pragma unroll
     for (int m = 0; m < 8; ++m) {
       if (m0 + m >= a.m) break;
+      if (ByRow) {
+        const int64_t adapter = a.bank.row_adapter[m0 + m];
+        if (adapter < 0 || adapter >= a.bank.adapters) continue;
+        load_down(adapter);
+      }
       float x[8];
       load8(static_cast<const uint16_t*>(a.x) + (m0 + m) * a.x_stride, column, columns, true, x_dtype, x);
 #pragma unroll
@@ -72,13 +80,17 @@ __global__ void __launch_bounds__(kThreads) bank_down(const LinearArgs a) {
 #pragma unroll
   for (int w = 0; w < kThreads / 32; ++w) t += sums[w][r][m];
   if (r0 + r >= a.bank.identity_rank) t = 0.5f * t * (1.f + erff(t * 0.70710678118654752f));
+  if (ByRow && m0 + m < a.m) {
+    const int64_t adapter = a.bank.row_adapter[m0 + m];
+    if (adapter < -1 || adapter >= a.bank.adapters) t = bits_to_float(0x7fc00000);
+  }
   a.bank.t[(r0 + r) * padded_rows(a.m) + m0 + m] = t;
 }
 
 template <int Ranks>
 int launch_down(const LinearArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(round_up(a.bank.rank, Ranks) / Ranks), static_cast<unsigned>(round_up(a.m, kBatchAlign) / kBatchAlign));
-  return launch(bank_down<Ranks>, grid, kThreads, 0, stream, a);
+  return launch(a.bank.row_adapter ? bank_down<Ranks, true> : bank_down<Ranks, false>, grid, kThreads, 0, stream, a);
 }
 
 __global__ void __launch_bounds__(kThreads) copy_rows(uint8_t* target, int64_t target_stride, const uint8_t* source, int64_t row_bytes) {

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
   for (int i = 0; i < R::kStages - 1; ++i) fetch();
 
   float y[2][NB][4] = {};  // [rt][n][2 j + e]: row 16 rt + 8 j + g of the tile, row m0 + 8 n + 2 c + e of x
-  add_low_rank<NB>(y, a.bank, a.w.out_features, tile, m0, padded_rows(a.m), warp, R::kWarps, g, c);
+  add_low_rank<NB>(y, a.bank, a.w.out_features, tile, m0, a.m, warp, R::kWarps, g, c);
 
   float d[2][NB][4] = {}, sum_x[NB][4] = {};  // of the current block, not yet scaled
   const bool needs_sum = P::kOffset != 0 || (P::kZeros && a.w.zeros);

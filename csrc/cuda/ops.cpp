@@ -97,25 +97,36 @@ PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_
   return w;
 }
 
-// Checks the bank's tensors; t is left for the caller.
+// Checks the bank's tensors; t is left for the caller. With row_adapter they are stacks: one dimension more, in front.
 LowRank bank_of(const Tensor& x, const std::optional<Tensor>& down, const std::optional<Tensor>& up, int64_t identity_rank,
-                int64_t in_features, int64_t out_features) {
+                const std::optional<Tensor>& row_adapter, int64_t in_features, int64_t out_features) {
   STD_TORCH_CHECK(down.has_value() == up.has_value(), "calora: down and up belong together, got only one of them");
+  STD_TORCH_CHECK(!row_adapter || down, "calora: row_adapter chooses among stacked banks; pass down and up too");
   if (!down || down->numel() == 0) return {};
+  const int64_t stacked = row_adapter ? 1 : 0;
+  if (row_adapter)
+    STD_TORCH_CHECK(same_device(*row_adapter, x) && row_adapter->is_contiguous() && row_adapter->scalar_type() == ScalarType::Long &&
+                        row_adapter->numel() == x.numel() / in_features,
+                    "calora: row_adapter must be a contiguous int64 tensor on the device of x with one number for each of its ",
+                    x.numel() / in_features, " rows");
   STD_TORCH_CHECK(same_device(*down, x) && same_device(*up, x) && down->is_contiguous() && up->is_contiguous(),
                   "calora: down and up must be contiguous and on the device of x");
-  STD_TORCH_CHECK(down->dim() == 2 && down->size(1) == in_features, "calora: down must be (rank, ", in_features, ")");
-  const int64_t rank = down->size(0), tiles = round_up(out_features, kTileRows) / kTileRows;
-  const bool tiled = up->dim() == 3;
-  STD_TORCH_CHECK(tiled ? up->size(0) == tiles && up->size(1) == rank && up->size(2) == kTileRows
-                        : up->dim() == 2 && up->size(0) == out_features && up->size(1) == rank,
-                  "calora: up must be (", out_features, ", ", rank, ") or tiled (", tiles, ", ", rank, ", 32)");
+  const char* const front = stacked ? "(adapters, " : "(";
+  STD_TORCH_CHECK(down->dim() == 2 + stacked && down->size(1 + stacked) == in_features, "calora: down must be ", front, "rank, ", in_features, ")");
+  const int64_t rank = down->size(stacked), tiles = round_up(out_features, kTileRows) / kTileRows, adapters = stacked ? down->size(0) : 1;
+  const bool tiled = up->dim() == 3 + stacked;
+  const auto size = [&](int64_t d) { return up->size(d + stacked); };
+  STD_TORCH_CHECK((tiled ? size(0) == tiles && size(1) == rank && size(2) == kTileRows
+                         : up->dim() == 2 + stacked && size(0) == out_features && size(1) == rank) && (!stacked || up->size(0) == adapters),
+                  "calora: up must be ", front, out_features, ", ", rank, ") or tiled ", front, tiles, ", ", rank, ", 32)");
   STD_TORCH_CHECK(identity_rank >= 0 && identity_rank <= rank, "calora: identity_rank must lie in 0..", rank, ", got ", identity_rank);
   const Dtype dtype = dtype_of(*down, "down");
   STD_TORCH_CHECK(dtype_of(*up, "up") == dtype, "calora: down and up must have one dtype");
   LowRank b{};
   b.down = down->data_ptr(), b.up = up->data_ptr(), b.dtype = static_cast<int64_t>(dtype);
   b.rank = rank, b.identity_rank = identity_rank;
+  b.row_adapter = row_adapter ? static_cast<const int64_t*>(row_adapter->data_ptr()) : nullptr;
+  b.adapters = adapters, b.up_adapter = up->numel() / adapters;
   b.up_tile = kTileRows * rank, b.up_row = tiled ? 1 : rank, b.up_rank = tiled ? kTileRows : 1;
   return b;
 }
@@ -155,9 +166,9 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
 
 // calora::dense_linear, in calora_ext/ops.py: matrix products of torch, for which the stable ABI has no words (scalars).
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& down,
-                    const std::optional<Tensor>& up, int64_t identity_rank) {
+                    const std::optional<Tensor>& up, int64_t identity_rank, const std::optional<Tensor>& row_adapter) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(x), from(weight), from(bias), from(down), from(up), from(identity_rank)};
+  std::array<StableIValue, 7> stack{from(x), from(weight), from(bias), from(down), from(up), from(identity_rank), from(row_adapter)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("calora::dense_linear", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -165,7 +176,6 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<T
 Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size,
               std::optional<Tensor> bias, std::optional<Tensor> down, std::optional<Tensor> up, int64_t identity_rank,
               std::optional<Tensor> row_adapter, int64_t activations) {
-  STD_TORCH_CHECK(!row_adapter, "calora: one adapter per row is not supported by this version; pass row_adapter=None");
   STD_TORCH_CHECK(activations == 0 || activations == 1, "calora: activations must be 0 (exact) or 1 (int8), got ", activations);
   LinearArgs a{};
   const Dtype dtype = dtype_of(x, "x");
@@ -179,13 +189,14 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_f
     a.bias = bias->data_ptr();
     a.bias_dtype = static_cast<int64_t>(dtype_of(*bias, "bias"));
   }
-  a.bank = bank_of(x, down, up, identity_rank, in_features, out_features);
+  a.bank = bank_of(x, down, up, identity_rank, row_adapter, in_features, out_features);
   a.m = x.numel() / in_features;
   const DeviceGuard guard(x.get_device_index());
   if (a.m == 0) return torch::stable::new_empty(x, with_last(x, out_features));
   if (a.m > kFusedRows || dtype == Dtype::f32) {
     const Tensor weight = decode_to(x, a.w, 0, out_features, x.scalar_type(), dtype);
-    return a.bank.rank ? dense_linear(x, weight, bias, down, up, identity_rank) : dense_linear(x, weight, bias, std::nullopt, std::nullopt, 0);
+    if (a.bank.rank == 0) return dense_linear(x, weight, bias, std::nullopt, std::nullopt, 0, std::nullopt);
+    return dense_linear(x, weight, bias, down, up, identity_rank, row_adapter);
   }
   void* const stream = current_stream(x.get_device_index());
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
