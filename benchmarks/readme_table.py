@@ -53,7 +53,7 @@ def recovery(results: dict) -> str:
     """The demo's losses over its seeds."""
     tables = "\n\n".join(loss_table(results, task) for task in TASKS)
     plan = results["plan"]
-    note = f"Held-out loss, nats per token. `calora demo --full`: {plan['steps']} steps, mean ± sd of {len(plan['seeds'])} seeds."
+    note = f"Held-out loss, nats per token. `calora demo --full`: {plan['steps']} steps, mean ± sd of {len(plan['seeds'])} seeds; CA-LoRA from the residual."
     return f"{tables}\n\n{note}\n\n{verdict_lines(results)}"
 
 

@@ -1,11 +1,12 @@
 """The demo on the packaged model, cut short: every chapter runs, and what it says follows from what it measured."""
 
 import json
+import math
 
 import pytest
 
 from calora_ext.demo import ASSETS, Plan, report, story
-from calora_ext.demo.plan import DENSE, TASKS
+from calora_ext.demo.plan import ARMS, DENSE, FORMATS, FULL, QUICK, TASKS, TRAINED
 from calora_ext.demo.results import Row, Rows, packaged
 from calora_ext.errors import CaloraError
 from calora_ext.evaluate import perplexity
@@ -136,3 +137,12 @@ def test_packaged_files_are_small():
     files = [f for f in ASSETS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 12e6
     assert {f.suffix for f in files} <= {".json", ".safetensors", ".gz", ".md", ".txt"}
+
+
+def test_packaged_results_are_complete():
+    """What the default run fills in: every trained arm of the full plan that it does not train itself, on the same text."""
+    rows = {(row.task, row.format, row.arm): row for row in packaged(ASSETS)}
+    wanted = {(task, form, arm) for task, form in FULL.trained for arm in TRAINED} | {(task, DENSE, "i") for task in TASKS}
+    assert set(rows) == wanted and all(len(row.losses) == len(FULL.seeds) for row in rows.values())
+    assert QUICK.windows == FULL.windows and set(QUICK.trained) <= set(FULL.trained) and QUICK.formats == tuple(FORMATS)
+    assert all(math.isfinite(row.loss) and row.arm in ARMS for row in rows.values())
