@@ -55,7 +55,7 @@ class Plan:
     batch_size: int = 2
     learning_rates: tuple[float, ...] | None = None
     windows: int = 128
-    new_tokens: int = 32
+    new_tokens: int = 16
     bench_seconds: float = 1.0
 
 

@@ -96,16 +96,18 @@ class _Story:
         for form in (DENSE, *self.plan.formats):
             model = self._load(form)
             losses = {task: self._loss(model, task) for task in TASKS}
+            speed = self._speed(model, next(iter(TASKS)))  # the same for every text
             for task, loss in losses.items():
-                self._add(Row(task, form, "none", (loss,), self._bytes(form), tokens_per_second=self._speed(model, task)))
+                self._add(Row(task, form, "none", (loss,), self._bytes(form), tokens_per_second=speed))
             if form == self.plan.formats[-1]:
                 set_activations(model, "exact")
                 activations = {"format": form, "int8": losses, "exact": {task: self._loss(model, task) for task in TASKS}}
                 set_activations(model, "int8")
+            speed = None  # the same for every adapter of this rank
             for task in TASKS:
                 load_adapter(model, self._lora(task), task)
                 set_adapter(model, task)
-                speed = self._speed(model, task)
+                speed = speed or self._speed(model, task)
                 self._add(Row(task, form, "inherited", (self._loss(model, task),), self._bytes(form, self._lora(task)), tokens_per_second=speed))
                 delete_adapter(model, task)
         return activations
