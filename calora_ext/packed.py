@@ -21,7 +21,8 @@ class PackedModule(nn.Module):
     in_features: int
     out_features: int
     compute_dtype: torch.dtype
-    _expanded: tuple[list, tuple[list[Tensor], WeightFormat]] | None = None  # what it was made of, and what runs in its place
+    # What runs in place of the packed tensors, and those it was made of: held, so that no other tensor gets their addresses.
+    _expanded: tuple[list[tuple[int, int]], list[Tensor], tuple[list[Tensor], WeightFormat]] | None = None
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, in the order of the device they are on. Whatever put them there (``.to``, a loader, an offloading
@@ -43,10 +44,11 @@ class PackedModule(nn.Module):
             return tensors, self.format
         source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
         if self._expanded is None or self._expanded[0] != source:
-            self._expanded = (source, ops.as_it_runs(tensors, self.format, self.in_features, self.out_features))
-        return self._expanded[1]
+            self._expanded = (source, tensors, ops.as_it_runs(tensors, self.format, self.in_features, self.out_features))
+        return self._expanded[2]
 
     def _apply(self, fn, recurse=True):
+        self._expanded = None  # a copy that is left behind would only take memory
         # uint8 buffers are not cast by .to(dtype); the dtype that the module reports follows, as nn.Linear's would.
         super()._apply(fn, recurse)
         tensors = self.packed_tensors()
@@ -61,6 +63,7 @@ class PackedModule(nn.Module):
                 destination[prefix + name] = from_cuda_order(name, tensor, self.format, self.in_features, self.out_features, self.packed)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        self._expanded = None  # tensors made in inference mode do not count what is copied into them
         # Loading copies into buffers that may be in CUDA order; assigned tensors are arranged when they are first used.
         if not local_metadata.get("assign_to_params_buffers", False):
             arranged = {}

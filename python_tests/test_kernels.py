@@ -2,6 +2,7 @@
 
 import math
 import random
+import weakref
 
 import pytest
 import torch
@@ -176,6 +177,13 @@ def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
         x = torch.randn(m, 100, generator=torch.Generator().manual_seed(m))
         want = in_float64(x, layer.decode(), torch.zeros(70), None, None, 0)
         assert (layer.fused(x, activations="exact").double() - want).norm() <= 3e-6 * want.norm()
+    if prefers_dense:  # what a merge replaces keeps its address until the next call: another tensor there would pass for it
+        replaced = weakref.ref(layer.packed)
+        layer.packed = layer.packed.clone()
+        assert replaced() is not None
+        layer.running()
+        assert replaced() is None
+        assert layer.to(torch.float32)._expanded is None
     other = pack(fmt, -weight, 0.4)  # the same mask, hence the same shapes
     layer.load_state_dict(other)  # into the same buffers
     x = torch.randn(2, 100)
