@@ -50,11 +50,11 @@ class Plan:
     formats: tuple[str, ...] = tuple(FORMATS)
     trained: tuple[tuple[str, str], ...] = (("docs", HARSHEST),)
     arms: tuple[str, ...] = TRAINED
-    steps: int = 160
+    steps: int = 150
     seeds: tuple[int, ...] = (0,)
     batch_size: int = 2
     learning_rates: tuple[float, ...] | None = None
-    windows: int = 128
+    windows: int = 64
     new_tokens: int = 16
     bench_seconds: float = 1.0
 
@@ -62,6 +62,7 @@ class Plan:
 QUICK = Plan()
 FULL = Plan(
     trained=(*(("docs", form) for form in (HARSHEST, "2:4 int4", "int4 everywhere")), ("cpp", HARSHEST)),
+    steps=240,
     seeds=(0, 1, 2),
     learning_rates=(2e-4, 1e-3),
 )

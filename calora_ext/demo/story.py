@@ -139,7 +139,7 @@ class _Story:
         )
         result = adapt(
             model, data=self._file(task, "train"), tokenizer=self.tokenizer, max_length=WINDOW, args=settings, adapter_name=task,
-            **self._branches(task, arm),
+            **self._branches(task, form, arm),
         )  # fmt: skip
         saved = self.out / "adapters" / file_name(task, form, arm, "seed", str(seed))
         save_adapter(model, task, saved)
@@ -149,15 +149,17 @@ class _Story:
             "bytes": self._bytes(form, saved), "speed": self._speed(model, task),
         }  # fmt: skip
 
-    def _branches(self, task: str, arm: str) -> dict:
+    def _branches(self, task: str, form: str, arm: str) -> dict:
         """Keyword arguments of ``adapt`` for an arm."""
         parts = arm.split("-")
-        recovery = Recovery(init="residual")
+        # Recovery goes where compression took something: to the output head as well where that was rounded to INT4.
+        sites = ".*(_proj|lm_head)" if FORMATS.get(form, {}).get("embeddings") else "all"
+        recovery = Recovery(sites=sites, init="residual")
         options: dict = {"inherit": None if "rd" in parts else self._lora(task), "recovery": None, "distill": None}
         if "rd" in parts:
             options["lora"] = Lora(rank=LORA_RANK)
-        if "big" in parts:  # as many parameters as CA-LoRA trains
-            options["lora"] = Lora(rank=LORA_RANK + recovery.rank)
+        if "big" in parts:  # on the same layers, with no fewer parameters than CA-LoRA trains
+            options["lora"] = Lora(rank=LORA_RANK + recovery.rank, targets=sites)
         if "rc" in parts:
             options["recovery"] = recovery
         if "d" in parts:
