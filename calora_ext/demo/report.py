@@ -59,7 +59,8 @@ def packaged_note(results: dict) -> str:
     starred = [row for row in results["rows"] if row["packaged"]]
     if not starred:
         return ""
-    return f"\\* from the packaged results of `calora demo --full`: mean ± sd of {len(starred[0]['losses'])} seeds; everything else was measured here."
+    steps, seeds = starred[0]["steps"], len(starred[0]["losses"])
+    return f"\\* from the packaged results of `calora demo --full`: {steps} steps, mean ± sd of {seeds} seeds; everything else was measured here."
 
 
 def verdict_lines(results: dict) -> str:
