@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import resource
 import sys
@@ -12,19 +11,17 @@ from pathlib import Path
 
 from torch import nn
 
-from ..adapters import active_adapters, delete_adapter, list_adapters, set_adapter
-from ..errors import CaloraError
+from ..adapters import active_adapters, delete_adapter, set_adapter
 from ..evaluate import accuracy, context_of, mean_loss, pad_id_of, window_of
-from ..io.batches import Sample, sample_key, task_name, tokenize
+from ..io.batches import Sample, task_name, tokenize
 from ..io.data import read_records
 from . import cache, student
+from .arm import Arm
 from .config import Distill, Lora, Recovery
-from .loop import derived_seed, train
+from .loop import train
 from .objective import Objective
-from .residual import TRAINED_BEND, UNTRAINED_BEND, start_from_residual
 from .result import AdaptResult
 from .settings import Settings
-from .teacher import LiveTeacher, fingerprint, frozen
 
 LONGEST_DEFAULT = 512  # tokens per training sample, unless max_length says otherwise
 # Settings that may differ between a run and its continuation.
@@ -75,50 +72,31 @@ def adapt(
     Raises CaloraError, leaving the model as it was, for input that does not fit together.
     """
     task, settings = task_name(task), Settings.of(args)
-    _check_arms(model, teacher, teacher_cache, inherit, lora, recovery, distill)
-    if adapter_name in list_adapters(model):
-        raise CaloraError(f"adapter {adapter_name!r} is loaded already; choose another adapter_name or delete_adapter it")
+    arm = Arm(model, adapter_name, task, teacher, teacher_cache, inherit, lora, recovery, distill)
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     length = training_length(model, max_length)
     samples, said = samples_of(model, tokenizer, data, task, length, columns)
     held_out = None if eval_data is None else samples_of(model, tokenizer, eval_data, task, length, columns)[0]
     pad_id = pad_id_of(model, tokenizer)
-    inherited = None if inherit is None else student.read_inherited(inherit)
-    digest = None if inherited is None else inherited.digest
-    if lora is None and inherited is None:
-        lora = Lora()
-    wanted = lora or None
-    distill = distill and distill.resolve(student.taught(teacher, inherited))
-    chosen = student.plan(model, task, wanted, recovery, inherited)
-    run = _facts(model, samples, settings, task, length, lora, recovery, distill, digest)
-    with ExitStack() as stack:
-        source = None
-        if distill is not None:
-            stack.enter_context(student.teaching(teacher, inherited))
-            about = cache.facts(samples, tokenizer, task, length, distill, digest)
-            source = _teacher(stack, teacher, teacher_cache, samples, pad_id, task, distill, about, settings)
+    run = arm.facts(samples, length) | {k: v for k, v in asdict(settings).items() if k not in NOT_OF_THE_RUN}
+    teaching = arm.teaching(samples, tokenizer, length, pad_id, settings.per_device_train_batch_size, settings.disable_tqdm)
+    with teaching as source:
         acted = active_adapters(model)
-        student.attach(model, adapter_name, chosen, wanted, recovery, inherited, task, derived_seed(settings.seed, "initial"))
+        arm.attach(settings.seed)
         try:
             before = evaluate(model, held_out, task, pad_id, settings)
-            if recovery is not None and recovery.init == "residual":
-                kept = inherited.recovery if inherited else {}
-                bend = TRAINED_BEND if settings.steps(len(samples)) else UNTRAINED_BEND
-                start_from_residual(model, adapter_name, teacher, kept, samples, bend, derived_seed(settings.seed, "residual"))
-            with (
-                student.training(model, adapter_name, chosen, wanted, recovery) as parameters,
-                checkpointed(model, settings),
-            ):
-                trained = train(model, parameters, samples, Objective(task, distill), source, settings, pad_id, run)
+            arm.start(samples, settings.seed, trained=settings.steps(len(samples)) > 0)
+            with arm.training() as parameters, checkpointed(model, settings):
+                trained = train(model, parameters, samples, Objective(task, arm.distill), source, settings, pad_id, run)
             after = evaluate(model, held_out, task, pad_id, settings)
         except BaseException:
             delete_adapter(model, adapter_name)
             if acted:
                 set_adapter(model, acted)
             raise
-    counts = chosen.parameters(model)
+    counts = arm.plan.parameters(model)
     return AdaptResult(
-        adapter_name, _arm(lora, inherit, recovery, distill), task, said, length, len(trained.history), trained.history, before, after,
+        adapter_name, arm.name, task, said, length, len(trained.history), trained.history, before, after,
         counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), peak_rss(), trained.resumed_at, run,
     )  # fmt: skip
 
@@ -162,57 +140,11 @@ def training_length(model: nn.Module, max_length: int | None) -> int:
     return window_of(model, max_length) if max_length is not None else min(context_of(model) or LONGEST_DEFAULT, LONGEST_DEFAULT)
 
 
-def _check_arms(model, teacher, teacher_cache, inherit, lora, recovery, distill) -> None:
-    """Raises CaloraError unless the pieces make one run."""
-    if lora is True or not (lora is None or lora is False or isinstance(lora, Lora)):
-        raise CaloraError(f"lora must be None, False or a calora_ext.adaptation.Lora, got {lora!r:.60}")
-    if lora is False and inherit is not None:
-        raise CaloraError(
-            "lora=False trains recovery alone and inherits nothing; drop inherit (a teacher may have its adapter loaded by hand)"
-        )
-    if lora is False and recovery is None:
-        raise CaloraError("lora=False and recovery=None leave nothing to train")
-    residual = recovery is not None and recovery.init == "residual"
-    if residual and teacher is None:
-        raise CaloraError('Recovery(init="residual") compares weights: pass teacher=... (the dense model), or use init="zero"')
-    if distill is None and ((teacher is not None and not residual) or teacher_cache is not None):
-        raise CaloraError("distill=None trains without a teacher; drop teacher and teacher_cache, or say what to distil")
-    if distill is not None and teacher is None and teacher_cache is None:
-        raise CaloraError(
-            "distillation needs teacher=... (the dense model) or teacher_cache=...; pass distill=None to train without"
-        )
-    if teacher is model:
-        raise CaloraError("teacher and student are the same model; load the dense model beside the compressed one")
-
-
 def samples_of(model, tokenizer, data, task, length, columns) -> tuple[list[Sample], str]:
     """Samples of a task for a model, and a line on what was made; arguments as in ``adapt``, length in tokens."""
     config = model.config
     labels = {"label_names": config.label2id, "classes": config.num_labels} if task == "sequence-classification" else {}
     return tokenize(read_records(data, **columns), tokenizer, task, length, **labels)
-
-
-def _teacher(stack, teacher, teacher_cache, samples, pad_id, task, distill, about, settings):
-    if teacher_cache is None:
-        stack.enter_context(frozen(teacher))
-        return LiveTeacher(teacher, task, distill)
-    if teacher is not None and not Path(teacher_cache).exists():
-        size = settings.per_device_train_batch_size
-        cache.write(
-            teacher_cache, teacher, samples, pad_id, task, distill, about, batch_size=size, disable_tqdm=settings.disable_tqdm
-        )
-    return cache.TeacherCache(teacher_cache, about, teacher)
-
-
-def _facts(model, samples, settings, task, length, lora, recovery, distill, digest) -> dict:
-    """What must be equal for a checkpoint to be continued; JSON."""
-    data = hashlib.blake2b("".join(sample_key(s) for s in samples).encode(), digest_size=16).hexdigest()
-    plain = {k: v for k, v in asdict(settings).items() if k not in NOT_OF_THE_RUN}
-    parts = {"lora": lora, "recovery": recovery, "distill": distill}
-    return {
-        "model": fingerprint(model), "data": data, "inherited adapter": digest, "task": task, "max_length": length,
-        **{k: repr(v) for k, v in parts.items()}, **plain,
-    }  # fmt: skip
 
 
 def checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
@@ -233,11 +165,6 @@ def evaluate(model, samples, task, pad_id, settings) -> dict | None:
     if task == "sequence-classification":
         found["accuracy"] = accuracy(model, samples, pad_id, size)
     return found
-
-
-def _arm(lora, inherit, recovery, distill) -> str:
-    parts = [None if lora is False else "i" if inherit is not None else "rd", recovery and "rc", distill and "d"]
-    return "-".join(p for p in parts if p)
 
 
 def peak_rss() -> int:
