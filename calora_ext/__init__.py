@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # transformers, nor peft.
 _LAZY = {
     "CaloraConfig": "integrations.transformers",
+    "CaloraTrainer": "adaptation.trainer",
     "CompressedEmbedding": "embedding",
     "CompressedLinear": "linear",
     "Distill": "adaptation",

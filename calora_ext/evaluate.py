@@ -151,7 +151,7 @@ def task_loss(model: nn.Module, batch: Batch, task: str, **options) -> tuple[Ten
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     labels = batch["labels"]
     if task == "seq2seq-lm":
-        inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)
+        inputs["decoder_input_ids"] = _unwrapped(model).prepare_decoder_input_ids_from_labels(labels=labels)
     output = _forward(model, inputs, **options)
     logits = output.logits
     labels = labels.to(logits.device)
@@ -189,7 +189,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def check_ids(model: nn.Module, ids: Tensor) -> None:
     """Raises CaloraError for token ids that the model has no embedding for: the tokenizer is another model's."""
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    known = getattr(_unwrapped(model).get_input_embeddings(), "num_embeddings", None)
     if known is not None and ids.numel() and int(ids.max()) >= known:
         raise CaloraError(f"the tokenizer gives token {int(ids.max())}, the model knows {known}; it belongs to another model")
 
@@ -198,3 +198,8 @@ def _forward(model: nn.Module, inputs: Batch, **options):
     check_ids(model, inputs["input_ids"])
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return model(**{name: tensor.to(device) for name, tensor in inputs.items()}, use_cache=False, **options)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model, also where it takes part in distributed training."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

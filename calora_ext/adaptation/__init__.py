@@ -1,7 +1,7 @@
 """CA-LoRA: an adapter trained on the compressed model, inherited, with recovery modules, distilled from the dense one.
 
 run        adapt() and cache_teacher()         config   Lora, Recovery, Distill      settings  of the optimisation
-arm        what is trained, from where, taught by what: what both of these share with the Trainer
+trainer    CaloraTrainer, for several processes         arm      what is trained, from where, taught by what
 student    branches put on the model           teacher, cache   the targets          objective the loss
 residual   recovery from what compression lost
 loop       AdamW over a function of the step   checkpoint       to go on bit for bit presets   published settings

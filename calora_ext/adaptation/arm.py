@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -93,7 +93,19 @@ class Arm:
 
     def training(self) -> AbstractContextManager[dict[str, nn.Parameter]]:
         """The trained parameters by name, the model in train mode; see ``student.training``."""
-        return student.training(self.model, self.adapter_name, self.plan, self.lora or None, self.recovery)
+        return student.training(*self._trained)
+
+    def start_training(self) -> Callable[[], None]:
+        """The same without an end of its own; see ``student.start_training``."""
+        return student.start_training(*self._trained)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, as the model has it now."""
+        return student.trained_parameters(self.model, self.adapter_name, self.plan)
+
+    @property
+    def _trained(self) -> tuple:
+        return self.model, self.adapter_name, self.plan, self.lora or None, self.recovery
 
     @property
     def _digest(self) -> str | None:

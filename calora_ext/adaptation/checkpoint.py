@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import CaloraError
 from ..io.files import read_json, save_tensors
@@ -40,14 +41,20 @@ def save(
 ) -> Path:
     """Write directory/checkpoint-STEP: beside first, then renamed. Of others the newest keep - 1 stay."""
     target = directory / f"checkpoint-{step}"
-    trained = {name: p.detach().contiguous() for name, p in parameters.items()}
-    states = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
-    write(target, {"step": step, "run": run, "history": history}, {_TRAINED: trained, _OPTIMIZER: states})
+    write(target, {"step": step, "run": run, "history": history}, snapshot(parameters, optimizer))
     # The newest by time: a directory may hold later steps of an earlier run.
     others = sorted((p for p in found_in(directory) if p != target), key=lambda p: (p / _STATE).stat().st_mtime_ns)
     for old in [] if keep is None else others[: len(others) - max(1, keep) + 1]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def snapshot(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The files of tensors of a checkpoint. Where the parameters are sharded over processes, all of these must call it together."""
+    whole = lambda t: t.full_tensor() if isinstance(t, DTensor) else t  # noqa: E731
+    trained = {name: whole(p.detach()).contiguous() for name, p in parameters.items()}
+    states = {f"{name}/{key}": whole(t) for name, p in parameters.items() for key, t in optimizer.state[p].items()}
+    return {_TRAINED: trained, _OPTIMIZER: states}
 
 
 def write(target: Path, state: dict, files: dict[str, dict[str, Tensor]]) -> None:
@@ -94,7 +101,8 @@ def load(path: Path, run: dict, parameters: dict[str, nn.Parameter]) -> Checkpoi
     state = read(path, run, {"step", "history"})
     trained, optimizer = tensors_in(path, _TRAINED), tensors_in(path, _OPTIMIZER)
     shapes = {name: p.shape for name, p in parameters.items()}
-    if {name: t.shape for name, t in trained.items()} != shapes or {k.rpartition("/")[0] for k in optimizer} != shapes.keys():
+    with_state = {k.rpartition("/")[0] for k in optimizer}  # none for an optimiser without any
+    if {name: t.shape for name, t in trained.items()} != shapes or (with_state and with_state != shapes.keys()):
         raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
     return Checkpoint(state["step"], state["run"], state["history"], trained, optimizer)
 
@@ -119,11 +127,18 @@ def tensors_in(path: Path, name: str) -> dict[str, Tensor]:
         raise CaloraError(f"{path} is damaged: {error}; use an earlier checkpoint") from error
 
 
-def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put parameters and optimiser state back, in place."""
+def restore(checkpoint: Checkpoint, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> None:
+    """Put the parameters back, in place, and the optimiser's state if it is given."""
     with torch.no_grad():
         for name, tensor in checkpoint.trained.items():
-            parameters[name].copy_(tensor)
-    for key, tensor in checkpoint.optimizer.items():
+            parameters[name].copy_(_placed_as(parameters[name], tensor))
+    for key, tensor in checkpoint.optimizer.items() if optimizer is not None else ():
         name, _, field = key.rpartition("/")
-        optimizer.state[parameters[name]][field] = tensor.to(parameters[name].device) if tensor.dim() else tensor.clone()
+        optimizer.state[parameters[name]][field] = _placed_as(parameters[name], tensor) if tensor.dim() else tensor.clone()
+
+
+def _placed_as(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """A whole tensor on the device of a parameter, cut as that one is."""
+    if isinstance(parameter, DTensor):  # every process holds the whole tensor and takes its own part
+        return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor.to(parameter.device)

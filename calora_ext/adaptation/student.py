@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,32 +177,54 @@ def training(
     model: nn.Module, name: str, plan: Plan, lora: Lora | None, recovery: Recovery | None
 ) -> Iterator[dict[str, nn.Parameter]]:
     """The trained parameters by name, fp32, everything else frozen and the model in train mode; afterwards as it was."""
+    finish = start_training(model, name, plan, lora, recovery)
+    try:
+        yield trained_parameters(model, name, plan)
+    finally:
+        finish()
+
+
+def start_training(
+    model: nn.Module, name: str, plan: Plan, lora: Lora | None, recovery: Recovery | None
+) -> Callable[[], None]:
+    """Turn an adapter into parameters, freeze the rest, and put the model in train mode. Returns what undoes all of it."""
     modes = {m: m.training for m in model.modules()}
     recording = [p for p in model.parameters() if p.requires_grad]
-    for p in recording:
-        p.requires_grad_(False)
-    banks = adapter_banks(model, name)
-    started, parameters, head = [], {}, None
-    try:
-        model.train()
-        for path, bank in banks.items():
-            rates = (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0)
-            bank.train_adapter(name, rates)
-            started.append(bank)
-            parameters |= {f"{path}.{key}": p for key, p in bank.named_parameters(recurse=False)}
-        if plan.head is not None:
-            head = _TrainedHead(model.get_submodule(plan.head))
-            parameters |= {f"{plan.head}.{key}": p for key, p in head.parameters.items()}
-        yield parameters
-    finally:
+    started, heads = [], []
+
+    def finish() -> None:
         for bank in started:
             bank.finish_training(name)
-        if head is not None:
+        for head in heads:
             head.finish()
         for p in recording:
             p.requires_grad_(True)
         for module, mode in modes.items():
             module.training = mode
+
+    for p in recording:
+        p.requires_grad_(False)
+    try:
+        model.train()
+        for path, bank in adapter_banks(model, name).items():
+            rates = (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0)
+            bank.train_adapter(name, rates)
+            started.append(bank)
+        if plan.head is not None:
+            heads.append(_TrainedHead(model.get_submodule(plan.head)))
+    except BaseException:
+        finish()
+        raise
+    return finish
+
+
+def trained_parameters(model: nn.Module, name: str, plan: Plan) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter in training, as the model has them now."""
+    banks = adapter_banks(model, name)
+    parameters = {f"{path}.{key}": p for path, bank in banks.items() for key, p in bank.named_parameters(recurse=False)}
+    if plan.head is not None:
+        parameters |= {f"{plan.head}.{key}": p for key, p in model.get_submodule(plan.head).named_parameters()}
+    return parameters
 
 
 class _TrainedHead:
@@ -212,7 +234,6 @@ class _TrainedHead:
         self.module = module
         self.dtypes = {key: p.dtype for key, p in module.named_parameters()}
         module.float().requires_grad_(True)
-        self.parameters: dict[str, nn.Parameter] = dict(module.named_parameters())
         self.hook = module.register_forward_pre_hook(
             lambda _, args: tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         )
