@@ -243,6 +243,24 @@ def test_keeping_everything_is_rounding_alone():
     assert mask.all() and torch.equal(codes, gptq.quantize(weight, gram, fmt).codes)
 
 
+def test_a_weight_that_lies_transposed_is_not_changed():
+    """As a Conv1D's (GPT-2) does: read column by column it needs no copy, and was written to."""
+    weight, x = layer()
+    stored = weight.t().contiguous()
+    gram, before = x.t() @ x, stored.clone()
+    moved, mask = sparsegpt(stored.t(), gram, 1200)
+    assert torch.equal(stored, before)
+    assert all(map(torch.equal, (moved, mask), sparsegpt(weight, gram, 1200)))
+
+
+def test_the_factor_takes_columns_in_any_order_and_one_matrix():
+    x = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)) @ torch.eye(300).add(0.1)
+    gram, order = x.t() @ x, torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    before = gram.clone()
+    assert torch.equal(obs.inverse_factor(gram, order), obs.inverse_factor(gram[order][:, order].contiguous()))
+    assert torch.equal(gram, before)
+
+
 # --- what calibration is worth ------------------------------------------------------------------------------------------
 
 

@@ -61,9 +61,9 @@ def apply(
 
         def compress(block: str, inputs: dict[str, Statistic]) -> None:
             for name in blocks[block]:
-                replace(name, inputs.get(name))
                 if name not in inputs:
                     outcome.uncalibrated.append(name)
+                replace(name, inputs.pop(name, None))  # a Gram matrix goes with the last layer that shares it
 
         gram = recipe.rounding == "gptq" or recipe.pruner == "sparsegpt"
         run_blocks(model, blocks, batches, compress, Gram if gram else SquaredNorms)

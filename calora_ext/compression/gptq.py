@@ -24,8 +24,8 @@ def quantize(weight: Tensor, gram: Tensor, fmt: WeightFormat) -> Quantized:
     plain = fmt.quantize(weight)  # refuses bad weights; its scales are the static ones
     grid = Grid(plain, fmt)
     order = torch.argsort(gram.diagonal(), descending=True)
-    factor = inverse_factor(gram[order][:, order])
-    w = weight.detach().float().t()[order].contiguous()
+    factor = inverse_factor(gram, order)
+    w = weight.detach().t()[order].float().contiguous()
     codes = torch.empty(w.shape, dtype=torch.uint8)
     columns = order.tolist()
 

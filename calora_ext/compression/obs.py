@@ -19,32 +19,52 @@ DAMPING = 0.01  # of the mean of the Gram matrix's diagonal, as published
 ESCALATE = 10.0
 ATTEMPTS = 8
 LAZY = 128  # columns whose updates of the rest are applied at once
+ROWS = 256  # of a Gram matrix that are looked at together
 
 
-def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of (gram + damping)⁻¹, (in, in) float32. gram: X Xᵀ of the inputs, not changed.
+def inverse_factor(gram: Tensor, order: Tensor | None = None) -> Tensor:
+    """The upper Cholesky factor of (gram + damping)⁻¹, (in, in) float32. gram: X Xᵀ of the inputs, not changed; order: (in,),
+    the columns as they shall be taken.
 
-    A factorisation that fails is tried in float64, then with tenfold damping until it succeeds. Raises CaloraError for a Gram
-    matrix that is not finite.
+    A factorisation that fails is tried in float64, then with tenfold damping until it succeeds. One matrix of that size is made.
+    Raises CaloraError for a Gram matrix that is not finite.
     """
-    if not torch.isfinite(gram).all():
+    order = torch.arange(len(gram)) if order is None else order
+    diagonal = gram.diagonal()[order]
+    if not all(bool(torch.isfinite(rows).all()) for rows in gram.split(ROWS)):
         raise CaloraError("the inputs of this layer are NaN or infinite on the calibration data; check the model and the data")
-    mean = float(gram.diagonal().double().mean())
+    mean = float(diagonal.double().mean())
     if mean == 0:  # nothing ever arrived: every column is independent
         return torch.eye(len(gram))
-    gram, damping = gram.float(), DAMPING * mean
+    damping = DAMPING * mean
     for _ in range(ATTEMPTS):
         for dtype in (torch.float32, torch.float64):
-            damped = gram.to(dtype, copy=True)
-            damped.diagonal().add_(damping)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed and torch.isfinite(upper).all():
-                    return upper.float()
+            factor = _reordered(gram, order, dtype)
+            factor.diagonal().add_(damping)
+            if _invert(factor):
+                return factor.float()
         damping *= ESCALATE
     # Unreachable for a positive semi-definite matrix: by now the damping is 10^5 times its mean eigenvalue.
     raise CaloraError("the inputs of this layer give no usable Gram matrix; leave calibration out")
+
+
+def _reordered(gram: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """gram[order][:, order], column by column in memory, as LAPACK works in place."""
+    columns = torch.empty(gram.shape, dtype=dtype)
+    for rows, part in zip(columns.split(ROWS), order.split(ROWS), strict=True):
+        rows.copy_(gram.t()[part][:, order])
+    return columns.t()
+
+
+def _invert(matrix: Tensor) -> bool:
+    """Put the upper Cholesky factor of its inverse in a matrix's place; whether that went well."""
+    failed = torch.empty(0, dtype=torch.int32)
+    torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+    if failed:
+        return False
+    torch.cholesky_inverse(matrix, out=matrix)
+    torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
+    return not failed and all(bool(torch.isfinite(columns).all()) for columns in matrix.t().split(ROWS))
 
 
 def sweep(w: Tensor, factor: Tensor, settle: Callable[[int, Tensor], Tensor], stripe: int = 1, lazy: int = LAZY) -> None:

@@ -76,6 +76,7 @@ def sparsegpt_rounded(
     factor = inverse_factor(gram)
     moved, mask, _ = _surgery(weight, gram, factor, target, allowed, None)
     plain = fmt.quantize(moved, mask)
+    del moved
     _, mask, codes = _surgery(weight, gram, factor, target, allowed, Grid(plain, fmt))
     return replace(plain, codes=codes, mask=mask)
 
@@ -89,7 +90,7 @@ def _surgery(
     weight: Tensor, gram: Tensor, factor: Tensor, target: Target | Tensor, allowed: Tensor | None, grid: Grid | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight, mask and, with a grid, codes, all (out, in). Inside everything is (in, out): columns are contiguous."""
-    w = weight.detach().float().t().contiguous()
+    w = torch.empty(weight.shape[1], len(weight)).copy_(weight.detach().t())  # a Conv1D's weight lies this way round: it must not change
     may = torch.ones_like(w, dtype=torch.bool) if allowed is None else allowed.t().contiguous()
     mask = target.t() & may if isinstance(target, Tensor) else torch.empty_like(may)
     codes = None if grid is None else torch.empty_like(w, dtype=torch.uint8)
