@@ -22,6 +22,7 @@ _LAZY = {
     "active_adapters": "adapters",
     "adapt": "adaptation",
     "compress": "integrations.models",
+    "compress_directory": "integrations.streaming",
     "delete_adapter": "adapters",
     "disable_adapters": "adapters",
     "enable_adapters": "adapters",

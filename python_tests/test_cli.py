@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import calora_ext as cx
 from calora_ext.adapters import add_adapter
 from calora_ext.cli import main
-from calora_ext.cli.common import output_directory, write_text
+from calora_ext.cli.common import write_text
+from calora_ext.io.outputs import output_directory
 from calora_ext.lowrank import Factors
 
 

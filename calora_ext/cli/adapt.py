@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CaloraError
+from ..io.outputs import output_directory
 from ..tables import format_bytes
 from .common import (
     Data,
@@ -23,7 +24,6 @@ from .common import (
     Task,
     TextColumn,
     emit,
-    output_directory,
     write_text,
 )
 

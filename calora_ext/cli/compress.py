@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..errors import CaloraError
+from ..io.outputs import check_output
 from ..tables import format_bytes, table
 from . import recipe as options
-from .common import Json, Model, Output, Overwrite, emit, output_directory, write_text
+from .common import Json, Model, Output, Overwrite, emit
 
 
 def register(app: typer.Typer) -> None:
@@ -58,46 +60,34 @@ def compress(
     embeddings: options.Embeddings = "none",
     skip: options.Skip = None,
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text for gptq, wanda, sparsegpt, rmi and owl: .txt, .jsonl or .tsv, also .gz.")] = None,
+    max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory for calibration activations, as 4GB; what is more waits on disk.  [default: all of them]")] = None,
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:
-    """Compress a dense model into a new directory, which loads with from_pretrained after `import calora_ext`."""
+    """Compress a dense model into a new directory, which loads with from_pretrained after `import calora_ext`; one block of the model is in memory at a time."""
     recipe = options.build(
         weights=weights, group_size=group_size, symmetric=symmetric, rounding=rounding, sparsity=sparsity, pruner=pruner,
         rates=rates, activations=activations, lm_head=lm_head, embeddings=embeddings, skip=skip,
     )  # fmt: skip
-    with output_directory(output, overwrite, keep=[p for p in (model, calibration) if p]) as directory:
-        from .. import compress as compress_model
-        from .. import load
-        from ..integrations import directories
-        from ..io.data import read_records
+    check_output(output, overwrite, keep=[p for p in (model, calibration) if p])
+    from .. import compress_directory
+    from ..integrations.streaming import sizes
+    from ..io.data import read_records
 
-        texts = None if calibration is None else [r.text for r in read_records(calibration)]
-        compressed = load(model)
-        tokenizer = None
-        if calibration is not None or directories.has_tokenizer(model):
-            tokenizer = directories.open_tokenizer(model)
-        report = compress_model(compressed, recipe, calibration=texts, tokenizer=tokenizer)
-        compressed.save_pretrained(directory)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
-        on_disk = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
-        sizes = [
-            ("weights before", format_bytes(report.bytes_before)),
-            ("weight files", format_bytes(on_disk)),
-            ("smaller by", f"{report.bytes_before / on_disk:.2f} ×"),
-            ("parameters compressed", f"{100 * report.coverage.compressed_parameters / report.coverage.parameters:.1f} %"),
-        ]
-        _write_card(directory, output.resolve().name, report.recipe.to_dict(), sizes)
+    texts = None if calibration is None else [r.text for r in read_records(calibration)]
+    report = compress_directory(model, output, recipe, calibration=texts, max_memory=_bytes(max_memory), overwrite=overwrite)
     print(table(*coverage_table(report.coverage)), *report.notes(), sep="\n\n", end="\n\n")
-    rows = [*sizes, ("largest error of a layer", f"{max(report.errors.values()):.4f}"), ("seconds", f"{report.seconds:.1f}")]
+    on_disk = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    rows = [*sizes(report, output), ("largest error of a layer", f"{max(report.errors.values()):.4f}"), ("seconds", f"{report.seconds:.1f}")]
     emit(("", str(output)), rows, {"file_bytes": on_disk, **report.to_dict()}, json_file)
 
 
-def _write_card(directory: Path, name: str, recipe: dict, sizes: list[tuple[str, str]]) -> None:
-    from ..card import model_card
-
-    write_text(directory / "README.md", model_card(name, recipe, sizes))
+def _bytes(text: str | None) -> int | None:
+    """``"512MB"`` -> 512000000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper()) if text is not None else None
+    if text is not None and match is None:
+        raise CaloraError(f"--max-memory {text} is not a size; write it as 8GB or 512MB")
+    return None if match is None else int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def coverage_table(coverage) -> tuple[tuple[str, ...], list[tuple]]:

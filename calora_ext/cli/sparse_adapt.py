@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..io.outputs import output_directory
 from ..tables import table
 from . import recipe as options
 from .adapt import distillation
@@ -24,7 +25,6 @@ from .common import (
     Task,
     TextColumn,
     emit,
-    output_directory,
     write_text,
 )
 

@@ -17,16 +17,19 @@ from .calibrate import Gram, SquaredNorms, Statistic, find_blocks, run_blocks
 from .pruners import prune, sparsegpt_rounded
 from .replace import forget_ties, pack, tie
 from .report import Outcome, relative_error
+from .residency import RESIDENT, Residency
 
 
 def apply(
-    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target | Tensor], batches: list[Tensor] | None, done: Callable[[], None]
-) -> Outcome:
+    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target | Tensor], batches: list[Tensor] | None,
+    done: Callable[[], None], residency: Residency = RESIDENT,
+) -> Outcome:  # fmt: skip
     """Replace every module that `coverage` gives a format.
 
     recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight, or the mask
     (out, in) that it has already.
-    batches: token ids of the calibration data for pruner and rounding, or None. done: called after each module.
+    batches: token ids of the calibration data for pruner and rounding, or None. done: called after each module. residency: told
+    which weights are needed; default: all are in memory.
     Raises CaloraError naming the module for weights or inputs that are not finite.
     """
     outcome = Outcome()
@@ -52,6 +55,8 @@ def apply(
         model.set_submodule(name, layer)
         if isinstance(dense, nn.Embedding):
             tie(model, name, [target for target, source in tied.items() if source == name])
+        del dense, weight
+        residency.rest()
         done()
 
     if batches is not None:
@@ -66,11 +71,11 @@ def apply(
                 replace(name, inputs.pop(name, None))  # a Gram matrix goes with the last layer that shares it
 
         gram = recipe.rounding == "gptq" or recipe.pruner == "sparsegpt"
-        run_blocks(model, blocks, batches, compress, Gram if gram else SquaredNorms)
-    for name, fmt in formats.items():
-        if name not in outcome.errors:
+        run_blocks(model, blocks, batches, compress, Gram if gram else SquaredNorms, residency=residency)
+    for group in residency.grouped([name for name in formats if name not in outcome.errors], finished=True):
+        for name in group:
             replace(name)
-            if batches is not None and fmt.sparse:
+            if batches is not None and formats[name].sparse:
                 outcome.uncalibrated.append(name)
     forget_ties(model)
     outcome.errors = {name: outcome.errors[name] for name in formats}

@@ -3,7 +3,7 @@
 No architecture is known by name. Blocks are the elements of the outermost ModuleLists that hold layers to compress
 (``model.layers``, ``transformer.h``, an encoder's and a decoder's ``block``), in the order in which the forward pass
 calls them. What happens between blocks (masks, positions, the encoder's output) is the model's own code: every batch is
-one forward pass in a thread of its own that pauses inside each block. One thread runs at a time, so the result does not
+one forward pass in a thread of its own that pauses at and inside each block. One thread runs at a time, so the result does not
 depend on scheduling, and only hidden states are alive between blocks.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaloraError
+from .residency import RESIDENT, Residency
 
 PIECE = 512  # tokens; the stream is cut into sequences of this length
 BATCH = 2048  # tokens in a forward pass
@@ -156,9 +157,9 @@ class _Stop(Exception):
 class _Pass(threading.Thread):
     """A forward pass that runs when resumed, until it pauses or ends."""
 
-    def __init__(self, forward: Callable[[], Any]) -> None:
+    def __init__(self, forward: Callable[[], Any], rest: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.forward = forward
+        self.forward, self.rest = forward, rest  # rest: called whenever it pauses
         self.go, self.paused = threading.Semaphore(0), threading.Semaphore(0)
         self.at: str | None = None  # the block it pauses in; None once it ended
         self.error: BaseException | None = None
@@ -180,6 +181,7 @@ class _Pass(threading.Thread):
 
     def pause(self, block: str) -> None:
         self.at = block
+        self.rest()
         self.paused.release()
         self.go.acquire()
         if self.stopping:
@@ -200,60 +202,77 @@ class _Pass(threading.Thread):
 
 def run_blocks(
     model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], visit: Callable[[str, dict[str, Any]], None],
-    statistic: type[Statistic] | None = Gram, changes: bool = True,
+    statistic: type[Statistic] | None = Gram, changes: bool = True, residency: Residency = RESIDENT,
+    observe: Callable[[str, Tensor], None] | None = None,
 ) -> None:  # fmt: skip
-    """Run all batches through the model, pausing in each block: ``visit(block, {module: statistic})`` is called once every
+    """Run all batches through the model, pausing at and in each block: ``visit(block, {module: statistic})`` is called once every
     batch has gone through it. With `changes` they go on from the block's output as it is after the visit.
 
+    residency: told which block is needed, and what waits. observe: ``observe(block, hidden states)`` for every batch that enters one.
     Raises CaloraError if a block is never reached; what the model itself raises on the data becomes one too.
     """
-    collected: dict[str, Statistics] = {}
     left = set(blocks)
     forwards = {name: model.get_submodule(name).forward for name in blocks}
 
     def paused_forward(name: str) -> Callable:
         def forward(*args, **kwargs):
             if name in left:  # a second call of a shared block runs it as compressed
+                entering = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
+                residency.hold(entering)
+                threading.current_thread().pause(name)  # until its turn comes, every pass waits here
+                if observe is not None:
+                    observe(name, entering[0])
                 output = forwards[name](*args, **kwargs)
                 if changes:
                     output = None  # not held while the other batches run
+                else:
+                    residency.hold(t for t in (output if isinstance(output, tuple) else (output,)) if isinstance(t, Tensor))
                 threading.current_thread().pause(name)
                 if not left:
                     raise _Stop
                 if not changes:
                     return output
+            if residency.departs and name != done:
+                raise CaloraError(f"{name} runs twice in a forward pass, which needs the whole model in memory; load it and use cx.compress")
             return forwards[name](*args, **kwargs)
 
         return forward
 
     inputs = [inputs_of(model, ids) for ids in batches]
-    passes = [_Pass(lambda kwargs=kwargs: model(**kwargs)) for kwargs in inputs]
-    training = model.training
+    passes = [_Pass(lambda kwargs=kwargs: model(**kwargs), residency.rest) for kwargs in inputs]
+    training, statistics, done = model.training, None, None
     model.eval()
     try:
+        residency.begin(blocks, len(passes))
         for name in blocks:
             model.get_submodule(name).forward = paused_forward(name)
         while left:
-            # The hooks of every block left are attached: which comes next is for the forward pass to say.
-            for name in left - collected.keys():
-                members = blocks[name] if statistic is not None else []
-                collected[name] = Statistics({member: model.get_submodule(member) for member in members}, statistic)
-            _resume(passes)
+            _resume(passes)  # out of the block that was visited last
             reached = {p.at for p in passes}
             if len(reached) != 1 or None in reached:
                 raise CaloraError(f"the forward pass on the calibration data does not reach {sorted(left)[0]}; leave calibration out")
+            if done is not None:
+                residency.leave(done, finished=changes)
             (name,) = reached
-            collected[name].remove()
-            visit(name, collected.pop(name).of)
+            residency.enter(name)
+            members = blocks[name] if statistic is not None else []
+            statistics = Statistics({member: model.get_submodule(member) for member in members}, statistic)
+            _resume(passes)
+            statistics.remove()
+            found, statistics = statistics.of, None
+            visit(name, found)
+            del found
             left.remove(name)
+            done = name
     finally:
         for name in blocks:
             del model.get_submodule(name).forward
-        for statistics in collected.values():
+        if statistics is not None:
             statistics.remove()
         for p in passes:
             p.stop()
         model.train(training)
+    residency.leave(done, finished=changes)
 
 
 def _resume(passes: list[_Pass]) -> None:

@@ -21,6 +21,7 @@ from ..policy import features
 from ..pruning import Target, apportion, parse
 from ..recipe import Recipe
 from .calibrate import SquaredNorms, find_blocks, run_blocks
+from .residency import RESIDENT, Residency
 
 SPREAD = 0.28  # between the first and the last block of an arithmetic progression, at most
 OUTLIER = 5.0  # OWL's M: an outlier is this many times the mean score
@@ -72,7 +73,9 @@ def owl(sparsity: float, sizes: Tensor, outliers: Tensor) -> Tensor:
     return sparsity - (density - (density * sizes).sum() / sizes.sum())
 
 
-def block_similarity(model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None]) -> Tensor:
+def block_similarity(
+    model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None], residency: Residency = RESIDENT
+) -> Tensor:
     """Linear CKA (normalised HSIC) of the inputs of every two blocks, (blocks, blocks) float64; a sample is a sequence.
 
     One block's inputs are alive at a time. Raises CaloraError for fewer than 8 sequences.
@@ -82,42 +85,40 @@ def block_similarity(model: nn.Module, blocks: dict[str, list[str]], batches: li
             f"rates='rmi' compares {MIN_SEQUENCES} calibration sequences or more, of up to 512 tokens; got {sum(len(b) for b in batches)}: "
             "give more text, or other rates"
         )
-    inputs: dict[str, list[Tensor]] = {name: [] for name in blocks}
-
-    def collect(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if name in inputs:  # a second call of a shared block comes after its measure
-                inputs[name].append(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)).detach())
-
-        return hook
-
+    entering: list[Tensor] = []
     grams = {}
 
     def measure(name: str, _: dict) -> None:
-        grams[name] = _centred_gram(inputs.pop(name))
+        grams[name] = _centred_gram(entering, residency.rest)
+        entering.clear()
         done()
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(collect(name), with_kwargs=True) for name in blocks]
-    try:
-        run_blocks(model, blocks, batches, measure, None, changes=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_blocks(model, blocks, batches, measure, None, changes=False, residency=residency, observe=lambda _, x: entering.append(x))
     k = torch.stack([grams[name].flatten() for name in blocks])
     k /= k.norm(dim=1, keepdim=True).clamp_min(torch.finfo(k.dtype).tiny)
     return k @ k.t()
 
 
-def _centred_gram(inputs: list[Tensor]) -> Tensor:
-    """H X Xᵀ H of samples (sequences, length, hidden) in pieces, (sequences, sequences) float64."""
+def _centred_gram(inputs: list[Tensor], rest: Callable[[], None]) -> Tensor:
+    """H X Xᵀ H of samples (sequences, length, hidden) in pieces, (sequences, sequences) float64. rest: called between pieces."""
     count = sum(len(x) for x in inputs)
-    mean = sum(x.float().sum(0) for x in inputs) / count
+    mean = 0
+    for x in inputs:
+        mean = mean + x.float().sum(0)
+        rest()
+    mean = mean / count
     # Centred before the product: differences between sequences are small beside the activations themselves.
-    rows = [torch.cat([(x.float() - mean).flatten(1) @ (y.float() - mean).flatten(1).t() for y in inputs], dim=1) for x in inputs]
+    rows = []
+    for x in inputs:
+        centred = (x.float() - mean).flatten(1)
+        rows.append(torch.cat([centred @ (y.float() - mean).flatten(1).t() for y in inputs], dim=1))
+        rest()
     return torch.cat(rows).double()
 
 
-def block_outliers(model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None]) -> Tensor:
+def block_outliers(
+    model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None], residency: Residency = RESIDENT
+) -> Tensor:
     """The share of each block's scores |W[i, j]| ||X[j]|| that exceed 5 times their mean over the block, (blocks,) float64."""
     found = {}
 
@@ -130,13 +131,13 @@ def block_outliers(model: nn.Module, blocks: dict[str, list[str]], batches: list
         found[block] = float((joined > OUTLIER * joined.mean()).double().mean())
         done()
 
-    run_blocks(model, blocks, batches, count, SquaredNorms, changes=False)
+    run_blocks(model, blocks, batches, count, SquaredNorms, changes=False, residency=residency)
     return torch.tensor([found[block] for block in blocks], dtype=torch.float64)
 
 
 class Rule(NamedTuple):
     rates: Callable[[float, Tensor, Tensor | None], Tensor]
-    measure: Callable[[nn.Module, dict[str, list[str]], list[Tensor], Callable[[], None]], Tensor] | None = None
+    measure: Callable[[nn.Module, dict[str, list[str]], list[Tensor], Callable[[], None], Residency], Tensor] | None = None
 
 
 RULES = {
@@ -146,12 +147,13 @@ RULES = {
 
 def targets(
     model: nn.Module, formats: dict[str, WeightFormat], recipe: Recipe, batches: list[Tensor] | None = None,
-    zeros: dict[str, int] | None = None, done: Callable[[], None] = lambda: None,
+    zeros: dict[str, int] | None = None, done: Callable[[], None] = lambda: None, residency: Residency = RESIDENT,
 ) -> dict[str, Target]:  # fmt: skip
     """{layer: how much of it is pruned} for the sparse ones among `formats`; the model may be on the meta device.
 
     batches: token ids of the calibration data, for the rules that measure. zeros: {layer: weights that are pruned already}.
-    done: called after each block that is measured. Raises CaloraError for rates that do not fit the model.
+    done: called after each block that is measured. residency: told which weights are needed for that.
+    Raises CaloraError for rates that do not fit the model.
     """
     sparse = [name for name, fmt in formats.items() if fmt.sparse]
     if isinstance(recipe.sparsity, str):
@@ -165,7 +167,7 @@ def targets(
         blocks, rule = find_blocks(model, sparse), RULES[recipe.rates]
         if not blocks and recipe.rates != "uniform":
             raise CaloraError(f"rates={recipe.rates!r} needs a model with a list of blocks, which this one lacks; use rates='uniform'")
-        measured = None if rule.measure is None else rule.measure(model, blocks, batches, done)
+        measured = None if rule.measure is None else rule.measure(model, blocks, batches, done, residency)
         rates = block_rates(rule, recipe.sparsity, sizes, blocks, measured)
     return counts(rates, recipe.sparsity, sizes, zeros or {})
 

@@ -19,6 +19,7 @@ from ..compression.apply import apply
 from ..compression.calibrate import token_batches
 from ..compression.replace import compressed_modules
 from ..compression.report import Report
+from ..compression.residency import RESIDENT, Residency
 from ..errors import CaloraError
 from ..io import checkpoint
 from ..linear import CompressedLinear
@@ -41,6 +42,13 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
         raise CaloraError(f"expected a transformers model, got {type(model).__name__}; load it with from_pretrained first")
     if resident := list_adapters(model):
         raise CaloraError(f"adapter {resident[0]!r} is loaded on the dense layers, which are replaced; delete_adapter it and load it again afterwards")
+    return carry_out(model, recipe, calibration, tokenizer)
+
+
+def carry_out(
+    model: nn.Module, recipe: Recipe | None, calibration: Sequence | None, tokenizer: Any, residency: Residency = RESIDENT
+) -> Report:
+    """:func:`compress`; residency: told which weights are needed, default: all are in memory."""
     started = time.perf_counter()
     recipe = (recipe or Recipe()).resolve(calibrated=calibration is not None)
     coverage = plan(model, recipe)
@@ -48,12 +56,15 @@ def compress(model: nn.Module, recipe: Recipe | None = None, calibration: Sequen
         raise CaloraError("the recipe leaves every layer of this model dense; there is nothing to compress")
     batches = None if calibration is None else token_batches(calibration, tokenizer, model.config)
     with progress(None, "Measuring", "block") as bar:
-        zeros = {name: int((model.get_submodule(name).weight == 0).sum()) for name, fmt in coverage.formats.items() if fmt.sparse}
-        targets = rates.targets(model, coverage.formats, recipe, batches, zeros, lambda: bar.update())
+        zeros = {}
+        if isinstance(recipe.sparsity, float):
+            for group in residency.grouped([name for name, fmt in coverage.formats.items() if fmt.sparse], finished=False):
+                zeros |= {name: int((model.get_submodule(name).weight == 0).sum()) for name in group}
+        targets = rates.targets(model, coverage.formats, recipe, batches, zeros, lambda: bar.update(), residency)
     if not {"pruner", "rounding"} & set(recipe.calibrated_choices):
         batches = None
     with progress(None, "Compressing", "layer", len(coverage.formats)) as bar:
-        outcome = apply(model, coverage, recipe, targets, batches, lambda: bar.update())
+        outcome = apply(model, coverage, recipe, targets, batches, lambda: bar.update(), residency)
     declare(model, recipe, coverage)
     return Report(recipe, coverage.with_sizes(model), outcome, time.perf_counter() - started)
 
@@ -120,10 +131,10 @@ def estimate(directory: str | os.PathLike, recipe: Recipe | None = None) -> Cove
         raise CaloraError(f"{directory} is compressed already; estimate starts from the dense model")
     kept = [checkpoint.DTYPES[h.tensors[n].dtype] for n, h in headers.items()]
     dtype = next((d for d in kept if d.is_floating_point), torch.float32)
-    return plan(_build(directory, model_class(config, directory).from_config, dtype), (recipe or Recipe()))
+    return plan(build(directory, model_class(config, directory).from_config, dtype), (recipe or Recipe()))
 
 
-def _build(directory: Path, make: Callable[..., nn.Module], dtype: torch.dtype) -> nn.Module:
+def build(directory: Path, make: Callable[..., nn.Module], dtype: torch.dtype) -> nn.Module:
     """The model on the meta device. make: a class's ``from_config``."""
     from transformers import AutoConfig
 
@@ -131,7 +142,7 @@ def _build(directory: Path, make: Callable[..., nn.Module], dtype: torch.dtype) 
         with torch.device("meta"):
             return make(AutoConfig.from_pretrained(directory), dtype=dtype)
     except Exception as error:  # a config can be wrong in any way
-        raise CaloraError(f"transformers cannot build a model from {directory / checkpoint.CONFIG}: {_line(error)}") from error
+        raise CaloraError(f"transformers cannot build a model from {directory / checkpoint.CONFIG}: {first_line(error)}") from error
 
 
 def packed_layers(directory: str | os.PathLike) -> dict[str, dict[str, Any]]:
@@ -154,7 +165,7 @@ def packed_layers(directory: str | os.PathLike) -> dict[str, dict[str, Any]]:
     architecture = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not hasattr(architecture, "_from_config"):
         raise CaloraError(f"{directory / checkpoint.CONFIG} names no architecture of transformers; copy it again")
-    model = _build(directory, architecture._from_config, torch.float32)
+    model = build(directory, architecture._from_config, torch.float32)
     found = {}
     for key in headers:
         name, _, kind = key.rpartition(".")
@@ -188,19 +199,19 @@ def load(directory: str | os.PathLike, **kwargs: Any) -> nn.Module:
     directory = Path(directory)
     config, headers = checkpoint.open_directory(directory)
     auto = model_class(config, directory)
-    _check_depth(directory, config, len(headers))
+    check_depth(directory, config, len(headers))
     try:
         model, info = auto.from_pretrained(directory, output_loading_info=True, **kwargs)
     except CaloraError:
         raise
     except Exception as error:  # a damaged config can fail anywhere inside transformers
-        raise CaloraError(f"{directory} cannot be loaded: {_line(error)}") from error
+        raise CaloraError(f"{directory} cannot be loaded: {first_line(error)}") from error
     if info["missing_keys"]:
         raise CaloraError(f"{directory} lacks {sorted(info['missing_keys'])[0]}, which the model needs; copy it again")
     return model
 
 
-def _check_depth(directory: Path, config: dict[str, Any], tensors: int) -> None:
+def check_depth(directory: Path, config: dict[str, Any], tensors: int) -> None:
     """Refuse a layer count that the files cannot fill before transformers builds that many layers."""
     for name in ("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
         layers = config.get(name, 0)
@@ -208,6 +219,6 @@ def _check_depth(directory: Path, config: dict[str, Any], tensors: int) -> None:
             raise CaloraError(f"{directory / checkpoint.CONFIG} asks for {name}={layers}, the files hold {tensors} tensors")
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error, for a sentence."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -63,11 +64,21 @@ class Header:
     data: int  # where tensor data begins, bytes from the start of the file
 
     def read(self, name: str) -> Tensor:
-        """The tensor, mapped: nothing is read until it is used, nothing may be written."""
+        """The bytes of a tensor, mapped on their own: nothing is read until it is used, what is written stays in memory, and what
+        was read goes when the tensor does."""
         t = self.tensors[name]
-        storage = torch.UntypedStorage.from_file(str(self.path), shared=False, nbytes=self.path.stat().st_size)
-        # transformers checks models under torch.device("meta")
-        return torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage, t.begin, (t.end - t.begin,))
+        if t.begin == t.end:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")  # transformers checks models under torch.device("meta")
+        start = t.begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        with open(self.path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), t.end - start, offset=start, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(mapped, dtype=torch.uint8, count=t.end - t.begin, offset=t.begin - start)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as it was saved, mapped; copied where the file does not align it."""
+        t, data = self.tensors[name], self.read(name)
+        dtype = DTYPES[t.dtype]
+        return (data.clone() if t.begin % dtype.itemsize else data).view(dtype).view(t.shape)
 
     @property
     def misaligned(self) -> list[str]:
@@ -228,8 +239,8 @@ def open_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Header]]:
 # --- saving ------------------------------------------------------------------------------------------------------------
 
 
-def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
-    """Length of the JSON header that safetensors will write for these tensors, padding to 8 included."""
+def header_json(tensors: dict[str, Tensor], metadata: dict[str, str]) -> tuple[bytes, list[str]]:
+    """The JSON header that safetensors writes for these tensors, padding to 8 included, and their order in the file."""
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, Any] = {"__metadata__": metadata}
     at = 0
@@ -237,7 +248,8 @@ def header_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> int:
         t = tensors[name]
         entries[name] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes
-    return -(-len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()) // 8) * 8
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8), order
 
 
 def alignment_metadata(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -248,7 +260,7 @@ def alignment_metadata(tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     dense = sum(t.nbytes for t in tensors.values() if t.dtype != torch.uint8)
     for padding in range(0, TILE_ALIGN, 8):
         padded = {**metadata, PAD: " " * padding}
-        if (8 + header_bytes(tensors, padded) + dense) % TILE_ALIGN == 0:
+        if (8 + len(header_json(tensors, padded)[0]) + dense) % TILE_ALIGN == 0:
             return padded
     return metadata
 
