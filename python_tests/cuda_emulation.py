@@ -17,14 +17,13 @@ from calora_ext.formats.cuda_order import to_cuda_order
 from calora_ext.formats.layout import PATTERN_IDS, VALUE_IDS
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("dense.cu", "two_four.cu", "bitmask.cu", "bank.cu")
-LAUNCHERS = {"dense": "dense", "2:4": "two_four", "unstructured": "bitmask"}  # pattern: how its launchers' names end
+LAUNCHERS = {"dense": "dense", "2:4": "two_four", "unstructured": "bitmask"}  # pattern: its file, and how its launchers' names end
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 class PackedWeight(c.Structure):
-    _fields_ = [*((n, c.c_void_p) for n in ("packed", "zeros", "offsets", "kept")), *((n, c.c_int64) for n in ("kept_limit", "pattern", "values", "in_features", "out_features", "group_size"))]
+    _fields_ = [*((n, c.c_void_p) for n in ("packed", "zeros", "scales", "offsets", "kept")), *((n, c.c_int64) for n in ("kept_limit", "pattern", "values", "in_features", "out_features", "group_size"))]
 
 
 class LowRank(c.Structure):
@@ -37,11 +36,11 @@ class LinearArgs(c.Structure):
                 ("w", PackedWeight), ("bank", LowRank)]  # fmt: skip
 
 
-def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, source: Path = ROOT / "csrc") -> subprocess.Popen:
-    """Start compiling the kernels into folder/emulated.so. mutations: file name -> (text, replacement): planted bugs; such a
-    build has no fp16, which halves the time it takes."""
-    shutil.copytree(source / "cuda", folder / "csrc" / "cuda")
-    shutil.copy(source / "layouts.h", folder / "csrc")
+def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, pattern: str | None = None) -> subprocess.Popen:
+    """Start compiling the kernels, of one pattern or of all, into folder/emulated.so. mutations: file name -> (text, replacement):
+    planted bugs; such a build has no fp16, which halves the time it takes."""
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
+    shutil.copy(ROOT / "csrc" / "layouts.h", folder / "csrc")
     without_f16 = ("linear.cuh", ("case Dtype::f16: return by_values<P, Most, F16>(a, stream);", ""))
     for name, (text, replacement) in (*mutations.items(), without_f16) if mutations else ():
         path = folder / "csrc" / "cuda" / name
@@ -49,7 +48,8 @@ def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, sou
         assert code.count(text) == 1, f"{name} has {code.count(text)} times: {text}"
         path.write_text(code.replace(text, replacement))
     flags = ["-std=c++17", "-O2" if mutations is None else "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-DCALORA_EMULATE", "-Wno-unknown-pragmas", "-I", str(Path(__file__).parent)]
-    files = [str(folder / "csrc" / "cuda" / name) for name in SOURCES]
+    files = [str(folder / "csrc" / "cuda" / f"{name}.cu") for name in (LAUNCHERS.values() if pattern is None else [LAUNCHERS[pattern]])]
+    files.append(str(folder / "csrc" / "cuda" / "bank.cu"))
     return subprocess.Popen([COMPILER, *flags, "-x", "c++", *files, "-o", str(folder / "emulated.so")], stderr=subprocess.PIPE, text=True)
 
 
@@ -66,7 +66,7 @@ class Emulated:
 
     def weight(self, packed: dict[str, Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> PackedWeight:
         ordered = {name: aligned(to_cuda_order(name, t, fmt, in_features, out_features, packed["packed"])) for name, t in packed.items()}
-        pointers = [ordered[name].data_ptr() if name in ordered else None for name in ("packed", "zeros", "offsets", "kept")]
+        pointers = [ordered[name].data_ptr() if name in ordered else None for name in ("packed", "zeros", "scales", "offsets", "kept")]
         limit = packed["kept"].numel() - tail_bytes(fmt.values) if "kept" in packed else 0
         weight = PackedWeight(*pointers, limit, PATTERN_IDS[fmt.pattern], VALUE_IDS[fmt.values], in_features, out_features, fmt.group_size)
         weight.keep = ordered  # args hold bare pointers

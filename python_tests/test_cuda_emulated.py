@@ -3,11 +3,15 @@
 Proves layouts, fragments, rings, reductions, bounds and the epilogue; proves nothing about speed, caches or races.
 """
 
+import json
+import os
 import random
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import cuda_emulation
 import pytest
@@ -24,26 +28,30 @@ FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int
            WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
            WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 96, pattern="unstructured"),
            WeightFormat("int4", 128, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
-           WeightFormat("bf16", pattern="unstructured")]  # fmt: skip
+           WeightFormat("bf16", pattern="unstructured"),
+           WeightFormat("nf4", 64), WeightFormat("nf4", -1), WeightFormat("nf4", 96, pattern="2:4"), WeightFormat("nf4", 96, pattern="unstructured")]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16]
+BOOK_ROUNDING = {torch.bfloat16: 9.5e-4, torch.float16: 1e-4}  # of normal weights, relative
 # (m, in, out, rank, identity_rank): every width of the mma, ragged rows and columns, warps without work, rings that go round
 CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 33, 5, 0), (17, 104, 64, 3, 1), (40, 257, 33, 9, 9),
          (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
 # What planted bugs are looked for in.
 FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
                    WeightFormat("int4", 96, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
+                   *(WeightFormat("nf4", 96, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")),
                    *(WeightFormat(values, 96, pattern="unstructured") for values in ("int4", "int8", "bf16"))]  # fmt: skip
 # Rows so long that every warp looks up where its chunks lie more than once.
 LONG = {WeightFormat("bf16", pattern="unstructured"): ((1, 17000, 32, 0, 0),), WeightFormat("int4", pattern="unstructured"): ((1, 35000, 20, 0, 0),)}
-# Planted bugs: file -> (code, what someone might write instead). Each must be noticed by failures().
+# Planted bugs: file -> (code, what someone might write instead). Each must be noticed by failures() of the pattern that its name
+# begins with, else of the dense one.
 BUGS = {
     "zero point": {"values.cuh": ("? 16 + kInt4Zero : 0", "? 15 + kInt4Zero : 0")},
     "fragment rows": {"values.cuh": ("words[4 * s + 2 * rt + (i >> 1)], i & 1", "words[4 * s + 2 * rt + (i & 1)], i >> 1")},
     "k step": {"dense.cu": ("mma<T>(d[rt][n], fragment, x[n][2 * s], x[n][2 * s + 1])", "mma<T>(d[rt][n], fragment, x[n][2 * s + 1], x[n][2 * s])")},
     "ring: one copy too few awaited": {"linear.cuh": ("copy_wait<R::kStages - 2>", "copy_wait<R::kStages - 1>")},
     "ring: stage overwritten too early": {"linear.cuh": ("for (int i = 0; i < R::kStages - 1; ++i) fetch", "for (int i = 0; i < R::kStages; ++i) fetch")},
-    "scale of the wrong block": {"linear.cuh": ("from = scales + kScaleBytes,", "from = scales,")},
-    "scale rows": {"linear.cuh": ("j ? both >> 16 : both", "j ? both : both >> 16")},
+    "scale of the wrong block": {"linear.cuh": ("from = end,", "from = end - kScaleBytes,")},
+    "scale rows": {"values.cuh": ("(i & 1 ? 16 : 0)", "(i & 1 ? 0 : 16)")},
     "unscaled rest": {"linear.cuh": ("(rest == 1 || next + 1 == last)", "rest == 1")},
     "missing barrier": {"linear.cuh": ("__syncthreads();\n    const int64_t out", "const int64_t out")},
     "no barrier between rows": {"linear.cuh": ("__syncthreads();\n#pragma unroll\n    for (int rt", "#pragma unroll\n    for (int rt")},
@@ -78,6 +86,15 @@ BUGS = {
     "unstructured: a round of units late": {"bitmask.cu": ("look_up(first + taken + 32 + lane)", "look_up(first + taken + lane)")},
     "unstructured: offset of int4 not taken off": {"bitmask.cu": ("kSums = Value::kOffset != 0", "kSums = false")},
     "unstructured: decoded from the lane's first": {"bitmask.cu": ("before + __popc(mask & earlier)", "before")},
+    "nf4: bytes of the lower half as they are": {"values.cuh": ("place < 8 && byte >= 128 ? 255 - byte : byte", "byte")},
+    "nf4: upper half of the table": {"values.cuh": ("kNf4Bytes<T, 1, 12>, second", "kNf4Bytes<T, 1, 12>, first")},
+    "nf4: places taken for codes": {"values.cuh": ("= kNf4[kNf4Code[place]];", "= kNf4[place];")},
+    "nf4: values without their unit": {"values.cuh": ("static_cast<float>(1 / T::kBookUnit)", "1")},
+    "nf4: scale of another row": {"values.cuh": ("(word.x >> (8 * i) & 255)", "(word.x >> (8 * (i ^ 1)) & 255)")},
+    "nf4: scale of the next block": {"linear.cuh": ("scales += V::kOuter ? kTileRows", "scales += V::kOuter ? kTileRows / 2")},
+    "nf4: outer scale of another tile": {"values.cuh": ("kTileRows)[tile] : 1.f", "kTileRows)[tile / 2 * 2] : 1.f")},
+    "unstructured: nf4 elements in int4's order": {"bitmask.cu": ("return e + 2 * j + 4 * h", "return j + 2 * e + 4 * h")},
+    "unstructured: nf4 bytes put together in int4's order": {"bitmask.cu": ("0x6420", "0x6240")},
     "2:4: decoded place": {"two_four.cu": ("first == 3 : second == place", "false : second == place")},
 }  # fmt: skip
 
@@ -108,9 +125,12 @@ def wrong(kernels, fmt, case, dtype, seed=0, tiled=False, bank_dtype=torch.float
     """What is wrong with the result of one case; "" if nothing is."""
     m, in_, out, rank, identity_rank = case
     x, packed, b, down, up = layer(fmt, m, in_, out, rank, dtype, seed, bank_dtype)
-    want = in_float64(x, fmt.decode(packed, in_, out), b if bias else None, down, up, identity_rank)
+    dense = fmt.decode(packed, in_, out)
+    want = in_float64(x, dense, b if bias else None, down, up, identity_rank)
     y = kernels.linear(x, packed, fmt, out, b if bias else None, down, ops.tile_up(up) if tiled and rank else up, identity_rank)
     error, rounding = (y.double() - want).norm(), (want.to(dtype).double() - want).norm()
+    if fmt.values == "nf4":  # its book is rounded too, by less than the dtype rounds weights
+        rounding = torch.hypot(rounding, BOOK_ROUNDING[dtype] * (x.double() @ dense.double().t()).norm())
     return "" if error <= 1.2 * rounding else f"error {error:.3g}, where rounding the output costs {rounding:.3g}"
 
 
@@ -246,36 +266,63 @@ def test_nothing_is_read_or_written_beyond_the_tensors():
     assert result.stdout.strip() == "done", (result.returncode, result.stderr[-2000:])
 
 
-def failures(kernels: cuda_emulation.Emulated) -> list[str]:
-    """A few cases that between them use every path; what is wrong with them."""
-    found = []
+def failures(kernels: cuda_emulation.Emulated, pattern: str) -> Iterator[str]:
+    """A few cases that between them use every path of a pattern; what is wrong with them."""
+    gen = torch.Generator().manual_seed(0)
     for late, reverse in ((False, False), (True, True)):
         kernels.options(late, reverse)
-        for fmt in FORMATS_OF_BUGS:
+        for fmt in (fmt for fmt in FORMATS_OF_BUGS if fmt.pattern == pattern):
             cases = ((3, 300, 70, 17, 8), (24, 3000, 33, 2, 1), *LONG.get(fmt, ()))
             for check in (*(partial(wrong, kernels, fmt, case, torch.bfloat16) for case in cases), lambda fmt=fmt: by_row(kernels, fmt, 13)[0]):
                 try:
-                    found.append(check())
+                    found = check()
                 except RuntimeError as error:  # the emulator's own complaint
-                    found.append(str(error))
-            packed = pack(fmt, torch.randn(33, 130))
+                    found = str(error)
+                if found:
+                    yield found
+            packed = pack(fmt, torch.randn(33, 130, generator=gen))
             if not torch.equal(kernels.decode(packed, fmt, 130, 33, 0, 33, torch.float32), fmt.decode(packed, 130, 33)):
-                found.append("decode differs")
-    return [what for what in found if what]
+                yield "decode differs"
 
 
-def test_the_kernels_pass_what_planted_bugs_must_fail(kernels):
-    assert failures(kernels) == []
+@pytest.mark.parametrize("pattern", cuda_emulation.LAUNCHERS)
+def test_the_kernels_pass_what_planted_bugs_must_fail(kernels, pattern):
+    assert list(failures(kernels, pattern)) == []
+
+
+def hunt(bugs: list[str], folder: Path) -> dict[str, bool]:
+    """Which bugs were noticed. Each runs in a child of its own, which a kernel that writes where it must not may end, while the
+    next ones are compiled."""
+    pattern = {bug: next((p for p in cuda_emulation.LAUNCHERS if bug.startswith(p)), "dense") for bug in bugs}
+    left, builds, noticed = list(bugs), {}, {}
+    for bug in bugs:
+        while left and len(builds) < 3:
+            name = left.pop(0)
+            builds[name] = cuda_emulation.start(folder / str(len(bugs) - len(left)), BUGS[name], pattern[name])
+        kernels = cuda_emulation.Emulated(builds.pop(bug))
+        child = os.fork()
+        if child == 0:
+            os._exit(next(failures(kernels, pattern[bug]), None) is not None)
+        noticed[bug] = os.waitpid(child, 0)[1] != 0
+    return noticed
+
+
+@pytest.fixture(scope="session")
+def noticed(request, tmp_path_factory) -> dict[str, bool]:
+    """:func:`hunt` after all bugs that this session asks for, in a process that may fork: one whose torch has no threads yet."""
+    bugs = [item.callspec.params["bug"] for item in request.session.items if item.name.startswith("test_a_planted_bug_is_noticed")]
+    code = """
+        import json, sys
+        from pathlib import Path
+        from test_cuda_emulated import hunt
+        print(json.dumps(hunt(json.loads(sys.argv[1]), Path(sys.argv[2]))))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), json.dumps(bugs), str(tmp_path_factory.mktemp("bugs"))]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests", env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_caught(bug, tmp_path):
-    """In a process of its own, which a kernel that writes where it must not may end."""
-    code = f"""
-        from pathlib import Path
-        import cuda_emulation as ce
-        from test_cuda_emulated import BUGS, failures
-        print(len(failures(ce.Emulated(ce.start(Path({str(tmp_path)!r}), BUGS[{bug!r}])))))
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
-    assert result.returncode < 0 or int(result.stdout) > 0, result.stderr[-2000:]
+def test_a_planted_bug_is_noticed(bug, noticed):
+    assert noticed[bug]

@@ -10,11 +10,11 @@ from calora_ext.errors import CaloraError
 from calora_ext.formats import cuda_order
 
 DENSE = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
-         WeightFormat("int8"), WeightFormat("bf16")]  # fmt: skip
+         WeightFormat("int8"), WeightFormat("bf16"), WeightFormat("nf4", 64), WeightFormat("nf4", -1)]  # fmt: skip
 TWO_FOUR = [WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
-            WeightFormat("int4", -1, pattern="2:4"), WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4")]  # fmt: skip
+            WeightFormat("int4", -1, pattern="2:4"), WeightFormat("nf4", 96, pattern="2:4"), WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4")]  # fmt: skip
 UNSTRUCTURED = [WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 96, pattern="unstructured"),
-                WeightFormat("int4", -1, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
+                WeightFormat("int4", -1, pattern="unstructured"), WeightFormat("nf4", 96, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
                 WeightFormat("bf16", pattern="unstructured")]  # fmt: skip
 SHAPES = [(32, 32), (97, 130), (1, 1), (64, 300)]  # (out, in)
 
@@ -89,7 +89,7 @@ def on_a_pretended_gpu(monkeypatch):
     monkeypatch.setattr("calora_ext.packed.arrange", cuda_order.to_cuda_order)
 
 
-@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int4", 64, pattern="unstructured")], ids=str)
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int4", 64, pattern="unstructured"), WeightFormat("nf4", 64), WeightFormat("nf4", 64, pattern="unstructured")], ids=str)
 def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
     layer = compress_linear(torch.nn.Linear(130, 97), fmt)
     canonical = {name: t.clone() for name, t in layer.state_dict().items()}
@@ -100,18 +100,13 @@ def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
         assert all(torch.equal(t, canonical[name]) for name, t in layer.state_dict().items() if name != "bias")
         other = compress_linear(torch.nn.Linear(130, 97), fmt)
         other.to(torch.bfloat16)
-        wrong = other.packed.clone()
+        wrong = [t.clone() for t in other.packed_tensors().values()]
         other.load_state_dict(canonical)
-        assert torch.equal(other.packed, layer.packed) and not torch.equal(other.packed, wrong)
+        loaded = list(other.packed_tensors().values())
+        assert all(map(torch.equal, loaded, layer.packed_tensors().values())) and not all(map(torch.equal, loaded, wrong))
     layer.float()  # and back: the CPU's order again
     assert torch.equal(layer.packed, canonical["packed"])
     torch.testing.assert_close(layer.decode(), fmt.decode({n: t for n, t in canonical.items() if n != "bias"}, 130, 97))
-
-
-def test_a_format_without_cuda_kernels_is_refused():
-    for pattern in ("dense", "2:4", "unstructured"):
-        with pytest.raises(CaloraError, match="no CUDA kernels"):
-            cuda_order.to_cuda_order("packed", torch.empty(1, 64, dtype=torch.uint8), WeightFormat("nf4", 64, pattern=pattern), 32, 32)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])

@@ -1,13 +1,14 @@
 """The order of packed bytes that the CUDA kernels read (``csrc/cuda/api.h`` draws it), and the way back.
 
-Same bytes per block as the canonical layout, permuted inside chunks of 32 rows x 32 columns: a pure permutation, so that going
-to a GPU and back is bit-exact. The order shows in the shape, so that it can never be mistaken: canonical ``packed`` is 2-D,
-in CUDA order it is (tiles, words, 16); canonical ``zeros`` and ``kept`` are 1-D, in CUDA order (words, 16). ``offsets`` have
-one order. What lies between the codes of ``kept`` is 0 either way.
+Same bytes per block as the canonical layout, permuted inside chunks of 32 rows x 32 columns, and the codes of nf4 renumbered:
+going to a GPU and back is bit-exact. The order shows in the shape, so that it can never be mistaken: canonical ``packed`` is 2-D,
+in CUDA order it is (tiles, words, 16); canonical ``zeros``, ``scales`` and ``kept`` are 1-D, in CUDA order (words, 16).
+``offsets`` have one order. What lies between the codes of ``kept`` is 0 either way.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ..errors import CaloraError
 from .bitmask import tail_bytes
-from .layout import BITS, SCALE_BYTES, TILE_ALIGN, TILE_ROWS, Geometry, round_up
+from .layout import BITS, SCALE_BYTES, TILE_ALIGN, TILE_ROWS, ZERO_CODE, Geometry, round_up, split_scales
+from .nf4 import NF4
 
 if TYPE_CHECKING:
     from . import WeightFormat
@@ -29,10 +31,15 @@ _BYTES = {
     "int8": (torch.uint8, ("c", "s", "rt", "j", "g", "h", "e"), ("s", "g", "c", "rt", "h", "j", "e")),
     "bf16": (torch.int16, ("c", "s", "h", "rt", "j", "g", "e"), ("s", "rt", "g", "c", "h", "j", "e")),
 }
-_INT4 = (("c", "rt", "j", "g", "h", "e", "s"), ("g", "c", "s", "rt", "e", "h", "j"))  # nibbles; the last axis is low, high
+_NIBBLES = {  # the last axis is low, high
+    "int4": (("c", "rt", "j", "g", "h", "e", "s"), ("g", "c", "s", "rt", "e", "h", "j")),
+    "nf4": (("c", "rt", "j", "g", "h", "e", "s"), ("g", "c", "s", "rt", "h", "j", "e")),
+}
+_NF4_CODE = (7, 0, 1, 2, 8, 9, 10, 11, 6, 5, 4, 3, 15, 12, 14, 13)  # of each place; kNf4Code of api.h
 # 2:4, the kept elements of a unit: group q = 4 h + 2 c1 + c0, kept e; t is the turn, of one or two.
 _KEPT = {
     "int4": (("t", "h", "rt", "j", "g", "c0", "e", "c1"), ("g", "c1", "c0", "t", "rt", "e", "h", "j")),
+    "nf4": (("t", "h", "rt", "j", "g", "c0", "e", "c1"), ("g", "c1", "c0", "t", "rt", "h", "j", "e")),
     "int8": (("t", "h", "c1", "rt", "j", "g", "c0", "e"), ("t", "g", "c1", "c0", "rt", "h", "j", "e")),
     "bf16": (("t", "h", "c1", "c0", "rt", "j", "g", "e"), ("t", "rt", "g", "c1", "c0", "h", "j", "e")),
 }
@@ -42,6 +49,7 @@ _GROUPS = ("t", "rt", "j", "g", "h", "c1", "c0", "e")
 # a chunk's codes there and here.
 _BITMASK = {
     "int4": (("t", "c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "t", "h", "e", "j", "s", "rt"), ("c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "s", "rt", "h", "e", "j")),
+    "nf4": (("t", "c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "t", "h", "j", "e", "s", "rt"), ("c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "s", "rt", "h", "j", "e")),
     "int8": (("t", "c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "t", "s", "j", "e", "rt", "h"), ("c", "s", "rt", "j", "g", "h", "e"), ("g", "c", "s", "rt", "h", "j", "e")),
     "bf16": (("t", "c", "s", "h", "rt", "j", "g", "e"), ("g", "c", "t", "s", "e", "rt", "h", "j"), ("c", "s", "h", "rt", "j", "g", "e"), ("g", "c", "s", "rt", "h", "j", "e")),
 }  # fmt: skip
@@ -53,7 +61,7 @@ _ZEROS = (("j", "g", "rt"), ("g", "rt", "j"))  # nibbles
 
 def in_cuda_order(name: str, tensor: Tensor) -> bool:
     """Whether a packed tensor (by its name) is in CUDA order. ``offsets``, which has one order, never is."""
-    return tensor.dim() == {"packed": 3, "zeros": 2, "kept": 2}.get(name)
+    return tensor.dim() == {"packed": 3, "zeros": 2, "scales": 2, "kept": 2}.get(name)
 
 
 def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:
@@ -64,9 +72,11 @@ def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int
     """
     if name == "offsets" or in_cuda_order(name, tensor):
         return tensor
-    g = _geometry(fmt, in_features, out_features)
+    g = fmt.geometry(in_features, out_features)
     if name == "zeros":
         return _nibbles(tensor.view(-1, 16), *_ZEROS).view(-1, WORD)
+    if name == "scales":
+        return _scale_codes(tensor, g, 1).view(-1, WORD)
     if name == "kept":
         return _kept(tensor, from_cuda_order("packed", packed, fmt, in_features, out_features).to(tensor.device), g, False).view(-1, WORD)
     return _blocks(tensor, g, False).view(g.tiles, -1, WORD)
@@ -76,9 +86,11 @@ def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: i
     """Inverse of :func:`to_cuda_order`, bit for bit."""
     if not in_cuda_order(name, tensor):
         return tensor
-    g = _geometry(fmt, in_features, out_features)
+    g = fmt.geometry(in_features, out_features)
     if name == "zeros":
         return _nibbles(tensor, *reversed(_ZEROS)).view(g.zeros_shape)
+    if name == "scales":
+        return _scale_codes(tensor.flatten(), g, -1)
     if name == "kept":
         return _kept(tensor.flatten(), from_cuda_order("packed", packed, fmt, in_features, out_features).to(tensor.device), g, True)
     return _blocks(tensor, g, True).view(g.packed_shape)
@@ -93,32 +105,32 @@ def arrange(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_
 
 def gather(packed: dict[str, Tensor], rows: Tensor, fmt: WeightFormat, in_features: int, out_features: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Codes (n, blocks, block_columns), scales (n, blocks) and zero points (n, blocks) of some rows (n,) in CUDA order."""
-    g = _geometry(fmt, in_features, out_features)
+    g = fmt.geometry(in_features, out_features)
     tile, rt, j, group = rows // TILE_ROWS, rows // 16 % 2, rows // 8 % 2, rows % 8
     data = packed["packed"].view(g.tiles, g.blocks, g.block_bytes)
-    dtype, order = (torch.uint8, _INT4[1][:-1]) if g.values == "int4" else _BYTES[g.values][::2]
+    nibbles = _NIBBLES.get(g.values)
+    dtype, order = _BYTES[g.values][::2] if nibbles is None else (torch.uint8, nibbles[1][:-1])
     codes = data[..., : g.code_bytes].view(dtype).unflatten(-1, (-1, *(_SIZES.get(axis, 2) for axis in order)))  # a view: nothing is copied
     index: dict[str, Tensor] = {"g": group, "rt": rt, "j": j}
     codes = codes[(tile, slice(None), slice(None), *(index.get(axis, slice(None)) for axis in order))]
     left = [axis for axis in order if axis not in index]
-    codes = codes.permute(0, 1, 2, *(3 + left.index(axis) for axis in ("c", "s", "h", "e"))).flatten(2)
+    codes = codes.permute(0, 1, 2, *(3 + left.index(axis) for axis in ("c", "s", "h", "e") if axis in left)).flatten(2)
     scale = zero = None
     if g.values == "int4":
         codes = codes >> (4 * j).to(torch.uint8).view(-1, 1, 1) & 15
+    elif g.values == "nf4":
+        codes = _renumbered(_split(codes, 4).flatten(2), -1)
     elif g.values == "bf16":
         codes = codes.contiguous().view(torch.bfloat16)
     if g.block_bytes > g.code_bytes:
         scale = data[..., g.code_bytes :].unflatten(-1, (TILE_ROWS, 2))[tile, :, 4 * group + 2 * rt + j].contiguous().view(torch.float16).squeeze(-1)
+    if "scales" in packed:
+        scale_codes, outer = split_scales(packed["scales"].flatten(), g)
+        scale = NF4.scales(scale_codes[tile, :, 4 * group + 2 * rt + j], outer[tile])
     if "zeros" in packed:
         nibbles = packed["zeros"].view(-1, 8, 2)[: g.tiles * g.blocks].view(g.tiles, g.blocks, 8, 2)[tile, :, group, rt]
         zero = nibbles >> (4 * j).to(torch.uint8).unsqueeze(-1) & 15
     return codes, scale, zero
-
-
-def _geometry(fmt: WeightFormat, in_features: int, out_features: int) -> Geometry:
-    if fmt.values == "nf4":
-        raise CaloraError(f"{fmt} has no CUDA kernels yet; keep the model on the CPU")
-    return fmt.geometry(in_features, out_features)
 
 
 def _blocks(tensor: Tensor, g: Geometry, back: bool) -> Tensor:
@@ -134,10 +146,25 @@ def _blocks(tensor: Tensor, g: Geometry, back: bool) -> Tensor:
 
 
 def _dense(codes: Tensor, g: Geometry, step: int) -> Tensor:
-    if g.values == "int4":
-        return _nibbles(codes.view(-1, TILE_ROWS * CHUNK_COLUMNS // 2), *_INT4[::step])
+    if g.values in _NIBBLES:
+        elements = _split(codes, 4).view(-1, TILE_ROWS * CHUNK_COLUMNS)
+        if g.values == "nf4":
+            elements = _renumbered(elements, step)
+        return _join(_permute(elements, *_NIBBLES[g.values][::step]), 4)
     dtype, *orders = _BYTES[g.values]
     return _permute(codes.view(dtype), *orders[::step]).view(torch.uint8)
+
+
+def _renumbered(elements: Tensor, step: int) -> Tensor:
+    """nf4 codes -> their places in the kernels' table, or back (step -1)."""
+    code = torch.tensor(_NF4_CODE, dtype=torch.uint8, device=elements.device)
+    return (code.argsort().to(torch.uint8) if step == 1 else code)[elements.int()]
+
+
+def _scale_codes(tensor: Tensor, g: Geometry, step: int) -> Tensor:
+    """The ``scales`` of nf4: codes move within their block, outer scales stay."""
+    n = math.prod(g.scale_codes_shape)
+    return torch.cat((_permute(tensor[:n], *_SCALES[::step]), tensor[n:]))
 
 
 def _units(g: Geometry) -> list[tuple[int, int, int]]:
@@ -169,12 +196,23 @@ def _unit(kept: Tensor, places: Tensor, values: str, turns: int, step: int) -> t
     sizes = _SIZES | {"t": turns}
     source, target = _KEPT[values][::step]
     bits = BITS[values]
-    elements = kept.view(torch.int16) if bits == 16 else _split(kept ^ {4: 0x88, 8: 0x80}[bits], bits)  # around 0 <-> around the middle code
+    elements = kept.view(torch.int16) if bits == 16 else _split(kept, bits)
+    if step == 1:
+        elements = _coded(elements, values, 1)
     elements = _permute(elements, source, _GROUPS, sizes).view(-1, 2)
     at = _permute(_split(places, 2), _PLACES[::step][0], _GROUPS, sizes).view(-1, 2)
     elements = torch.where((at == 3).all(-1, keepdim=True), elements.flip(-1), elements)
     elements = _permute(elements, _GROUPS, target, sizes)
+    if step == -1:
+        elements = _coded(elements, values, -1)
     return (elements.view(torch.uint8) if bits == 16 else _join(elements, bits)), _join(_permute(at, _GROUPS, _PLACES[::step][1], sizes), 2)
+
+
+def _coded(elements: Tensor, values: str, step: int) -> Tensor:
+    """Elements of 2:4: around 0 -> as the dense order has them, or back (step -1)."""
+    if values == "nf4":  # canonical: code ^ 7
+        return _renumbered(elements ^ 7, 1) if step == 1 else _renumbered(elements, -1) ^ 7
+    return elements if values == "bf16" else elements ^ ZERO_CODE[values]
 
 
 def _bits(codes: Tensor, g: Geometry, step: int) -> Tensor:
@@ -194,12 +232,13 @@ def _kept(kept: Tensor, packed: Tensor, g: Geometry, back: bool) -> Tensor:
     canonical, ours = _BITMASK[g.values][2:]
     place = torch.arange(TILE_ROWS * CHUNK_COLUMNS, device=kept.device)
     there, here = _permute(place, canonical, ours), _permute(place, ours, canonical)  # here[there[i]] == i
-    elements = kept.view(torch.int16) if g.values == "bf16" else _split(kept, 4).view(-1) if g.values == "int4" else kept
+    nibbles = BITS[g.values] == 4
+    elements = kept.view(torch.int16) if g.values == "bf16" else _split(kept, 4).view(-1) if nibbles else kept
     out = torch.zeros_like(elements)
     start = 0  # bytes
     for part in masks.split(_CHUNKS):
         mask = _split(part, 1).view(len(part), -1).bool()
-        if g.values == "int4":  # two streams: even steps in low nibbles, odd ones in high nibbles
+        if nibbles:  # two streams: even steps in low nibbles, odd ones in high nibbles
             streams = mask.view(-1, 4, 2, 128).transpose(1, 2).reshape(len(part), 2, -1).long()
             sizes = streams.sum(-1).amax(-1)
             before = (streams.cumsum(-1) - streams) * 2 + torch.arange(2, device=kept.device).view(2, 1)
@@ -214,11 +253,14 @@ def _kept(kept: Tensor, packed: Tensor, g: Geometry, back: bool) -> Tensor:
             raise CaloraError(f"an unstructured weight keeps {kept.numel()} bytes, its bit mask asks for more; the file is damaged")
         starts = torch.cat((ends.new_full((1,), start), ends[:-1])) * 8 // BITS[g.values]
         source, target = ((starts.unsqueeze(-1) + index)[mask] for index in ((target, source) if back else (source, target)))
-        out[target] = elements[source] ^ 8 if g.values == "int4" else elements[source]  # around the middle code <-> around 0
+        moved = elements[source]
+        if nibbles:  # around the middle code <-> around 0
+            moved = moved ^ 8 if g.values == "int4" else _renumbered(moved, -1 if back else 1)
+        out[target] = moved
         start = int(ends[-1])
     if round_up(start + tail_bytes(g.values), TILE_ALIGN) != kept.numel():
         raise CaloraError(f"an unstructured weight keeps {kept.numel()} bytes, its bit mask asks for fewer; the file is damaged")
-    return out.view(torch.uint8) if g.values == "bf16" else _join(out, 4) if g.values == "int4" else out
+    return out.view(torch.uint8) if g.values == "bf16" else _join(out, 4) if nibbles else out
 
 
 def _permute(data: Tensor, source: tuple[str, ...], target: tuple[str, ...], sizes: dict[str, int] = _SIZES) -> Tensor:

@@ -11,25 +11,28 @@
 //     row = 16 rt + 8 j + g      column = 8 c + 4 s + 2 h + e        rt, j, s, h, e in {0, 1}
 //     (rt: which m16 tile; s: which k16 step; j + 2 h: which register of the A fragment; e: which half of that register)
 //   int4: one 16-byte word; 32-bit word 2 s + rt has the code of (j, h, e) at bit 4 (j + 2 h) + 16 e
+//   nf4:  the same with the place of the code (kNf4Code) at bit 4 (e + 2 j) + 16 h
 //   int8: two (s); 32-bit word 2 rt + h has the code of (j, e) in byte 2 j + e
 //   bf16: four (2 s + rt); 32-bit word j + 2 h has the value of e in half e
 //   scales of a block (where the canonical block has them): fp16 at 4 g + 2 rt + j
+//   scale codes of nf4, 32 bytes a (tile, block): at 4 g + 2 rt + j; the outer scales behind them stay as they are
 //   zero points of a (tile, block), 16 bytes: nibble 2 rt + j of 16-bit word g
 //
 // 2:4: a unit is two turns (64 columns) of a block, or the last one alone where they are odd. What is kept of turn t takes the
 // place of the dense columns of k16 step s = t: lane (g, c) has the kept weights e of groups c and c + 4 (h = 0, 1) of its rows.
-//   int4   one 16-byte word; a single turn: 8 bytes      int8   one 16-byte word a turn      bf16   two a turn
+//   int4, nf4   one 16-byte word; a single turn: 8 bytes      int8   one 16-byte word a turn      bf16   two a turn
 //   then the places, 4 bytes a turn: lane (g, 2 rt + h) has those of groups 4 h .. 4 h + 3: that of (j, group 4 h + q, e) at
 //   bit 16 j + 4 q + 2 e. These are the canonical places; the kernel makes of them what mma.sp takes. int4 and int8 are codes
-//   around 8 and 128 as in the dense order; the two values of a group whose places are 3 3 are exchanged.
+//   around 8 and 128, nf4 is places of codes, as in the dense order; the two values of a group whose places are 3 3 are exchanged.
 //
 // unstructured: a unit of two chunks is two 32-bit words a lane, one chunk's after the other's; a chunk alone is one word. A bit
 // for each weight of the lane, in the dense order: element k of 32-bit word `step`, as bitmask.cu takes them:
 //   int4   word 2 s + rt, element j + 2 e + 4 h, bit step + 4 k          int8   word 4 s + 2 rt + h, element 2 j + e,
-//   bf16   word 8 s + 4 rt + 2 h + j, element e,                                bit 16 (step / 4) + 4 k + step % 4
+//   nf4    the same, element e + 2 j + 4 h                                      bit 16 (step / 4) + 4 k + step % 4
+//   bf16   word 8 s + 4 rt + 2 h + j, element e,
 //          bit 16 (step / 8) + 8 k + step % 8
 //   kept: chunks start where the canonical offsets say; the codes of a chunk follow one another lane by lane, word by word,
-//   element by element, for int4 two a byte, as two's complement. Offsets are the canonical ones.
+//   element by element: int4 two a byte, as two's complement; nf4 two a byte, as places. Offsets are the canonical ones.
 //
 // calora_ext/formats/cuda_order.py converts both ways.
 #pragma once
@@ -46,9 +49,13 @@ constexpr int64_t kBatchAlign = 8;      // t is padded to a multiple of this man
 constexpr int kInvalidValue = 1;        // cudaErrorInvalidValue
 constexpr int64_t kFusedRows = 64;      // M up to which the linear kernels are the better way; see ops.cpp
 
+// nf4: the code that each place of the GPU's table stands for. Place 0 is the weight 0; why the others lie as they do: values.cuh.
+constexpr int kNf4Code[16] = {7, 0, 1, 2, 8, 9, 10, 11, 6, 5, 4, 3, 15, 12, 14, 13};
+
 struct PackedWeight {
   const uint8_t* packed;  // in GPU order, 16-byte aligned
   const uint8_t* zeros;   // or null
+  const uint8_t* scales;  // of nf4
   const uint8_t *offsets, *kept;  // of an unstructured weight
   int64_t kept_limit;             // see kept_limit() in layouts.h
   int64_t pattern, values;  // calora::Pattern, calora::Values

@@ -18,6 +18,7 @@ struct Spread;
 
 template <class T, int NB>
 struct Spread<Int8<T, NB>> {
+  static constexpr bool kBytes = false;
   static constexpr int kSteps = 8;
   static constexpr uint32_t kEach = 0x1111;
   static __device__ __forceinline__ int shift(int step) { return step / 4 * 16 + step % 4; }
@@ -31,6 +32,7 @@ struct Spread<Int8<T, NB>> {
 
 template <class T, int NB>
 struct Spread<Dense16<T, NB>> {
+  static constexpr bool kBytes = false;
   static constexpr int kSteps = 16;
   static constexpr uint32_t kEach = 0x0101;
   static __device__ __forceinline__ int shift(int step) { return step / 8 * 16 + step % 8; }
@@ -42,21 +44,39 @@ struct Spread<Dense16<T, NB>> {
   }
 };
 
-template <class T, int NB>
-struct Spread<Int4<T, NB>> {
+// Codes of 4 bits.
+struct SpreadNibbles {
   static constexpr int kSteps = 4;
   static constexpr uint32_t kEach = 0x11111111;
   static __device__ __forceinline__ int shift(int step) { return step; }
   static __device__ __forceinline__ int mask_bit(int step, int k) { return step + 4 * k; }
   static __device__ __forceinline__ int step(int rt, int, int s, int) { return 2 * s + rt; }
-  static __device__ __forceinline__ int element(int j, int h, int e) { return j + 2 * e + 4 * h; }
-  // Elements 0..3 and 4..7, a byte each, code in bits 3..6. Digits from 8 on give the sign of a byte, which is 0.
-  static __device__ __forceinline__ void two(uint32_t codes, uint32_t bits, uint32_t& low, uint32_t& high) {
-    const uint32_t even = codes << 3 & 0x78787878, odd = codes >> 1 & 0x78787878;
+  // Elements 0..3 and 4..7, a byte each: even and odd codes come as bytes. Digits from 8 on give the sign of a byte, which is 0.
+  static __device__ __forceinline__ void two(uint32_t even, uint32_t odd, uint32_t bits, uint32_t& low, uint32_t& high) {
     const uint32_t first = byte_permute(even, odd, 0x5140), second = byte_permute(even, odd, 0x7362);
     const uint32_t digits = bits * (0x11111111u - 0x1 - 0x8) + 0x88888888u;
     low = byte_permute(first, second, digits);
     high = byte_permute(first, second, digits >> 16);
+  }
+};
+
+template <class T, int NB>
+struct Spread<Int4<T, NB>> : SpreadNibbles {
+  static constexpr bool kBytes = true;  // codes stay bytes, in bits 3..6
+  static __device__ __forceinline__ int element(int j, int h, int e) { return j + 2 * e + 4 * h; }
+  static __device__ __forceinline__ void bytes(uint32_t codes, uint32_t bits, uint32_t& low, uint32_t& high) {
+    two(codes << 3 & 0x78787878, codes >> 1 & 0x78787878, bits, low, high);
+  }
+};
+
+template <class T, int NB>
+struct Spread<Nf4<T, NB>> : SpreadNibbles {
+  static constexpr bool kBytes = false;
+  static __device__ __forceinline__ int element(int j, int h, int e) { return e + 2 * j + 4 * h; }
+  static __device__ __forceinline__ uint32_t one(uint32_t codes, uint32_t bits) {  // element k at bit 4 k
+    uint32_t low, high;
+    two(codes & 0x0f0f0f0f, codes >> 4 & 0x0f0f0f0f, bits, low, high);
+    return byte_permute(low | low >> 4, high | high >> 4, 0x6420);
   }
 };
 
@@ -164,7 +184,7 @@ struct Bitmask {
       uint32_t x[NB][4];
 #pragma unroll
       for (int n = 0; n < NB; ++n) load_x(rows + (t * NB + n) * 512, lane, x[n]);
-      uint32_t words[kBits == 4 ? 8 : 4 * Value::kWords];
+      uint32_t words[S::kBytes ? 8 : 4 * Value::kWords];
 #pragma unroll
       for (int quarter = 0; quarter < S::kSteps / 4; ++quarter) {
         uint32_t earlier = 0;  // the bits of steps that windows before this one have used
@@ -175,7 +195,7 @@ struct Bitmask {
         for (int i = 0; i < 4; ++i) {
           const int step = 4 * quarter + i;
           const uint32_t bits = mask >> S::shift(step) & S::kEach;
-          if constexpr (kBits == 4) S::two(window.v[0], bits, words[2 * step], words[2 * step + 1]);
+          if constexpr (S::kBytes) S::bytes(window.v[0], bits, words[2 * step], words[2 * step + 1]);
           else words[step] = S::one(window.v[0], bits);
           if (i < 3) window.drop(__popc(bits) * kBits, i);
         }
@@ -185,7 +205,7 @@ struct Bitmask {
 #pragma unroll
         for (int rt = 0; rt < 2; ++rt) {
           uint32_t fragment[4];
-          if constexpr (kBits == 4) {
+          if constexpr (S::kBytes) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const uint32_t q = words[2 * (2 * s + rt) + i / 2];
@@ -214,7 +234,7 @@ struct BitmaskWords {
   template <class V>
   static __device__ __forceinline__ void words(const PackedWeight& w, const Geometry& geo, int64_t tile, int64_t chunk, int lane, uint32_t (&words)[4 * V::kWords]) {
     using S = Spread<V>;
-    constexpr uint32_t kCode = (1u << V::kBits) - 1, kMiddle = V::kBits == 4 ? 8 : 0;
+    constexpr uint32_t kCode = (1u << V::kBits) - 1, kMiddle = V::kBits == 4 ? V::kNothing & 15 : 0;
     const int64_t per_block = geo.block_columns / kChunkColumns, at = chunk % per_block;
     const uint8_t* const bits = w.packed + tile * geo.tile_bytes + chunk / per_block * geo.block_bytes + at / 2 * 256;
     const bool half = per_block % 2 && at + 1 == per_block;

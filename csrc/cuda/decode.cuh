@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kDecodeWarps * 32) decode(const Decode a, cons
   const int64_t block = chunk / (geo.block_columns / kChunkColumns);
   uint32_t words[4 * V::kWords];
   L::template words<V>(a.w, geo, tile, chunk, lane, words);
-  const uint8_t* const end = a.w.packed + tile * geo.tile_bytes + (block + 1) * geo.block_bytes;
+  const uint2 scale = load_scales<V>(scales_of<V>(a.w, geo, tile, block) + g * V::kScaleWord);
+  const float outer = outer_scale<V>(a.w, geo, tile);
   const uint16_t zero = a.w.zeros ? reinterpret_cast<const uint16_t*>(a.w.zeros)[(tile * geo.blocks + block) * 8 + g] : 0x8888;
 #pragma unroll
   for (int rt = 0; rt < 2; ++rt)
@@ -52,7 +53,7 @@ __global__ void __launch_bounds__(kDecodeWarps * 32) decode(const Decode a, cons
     for (int j = 0; j < 2; ++j) {
       const int64_t row = tile * kTileRows + 16 * rt + 8 * j + g;
       if (row < a.row_begin || row >= a.row_end) continue;
-      const float factor = V::kScaled ? f16_to_float(reinterpret_cast<const uint16_t*>(end - kScaleBytes)[4 * g + 2 * rt + j]) : 1.f;
+      const float factor = V::scale(scale, 2 * rt + j) * outer;
       const float offset = static_cast<float>(static_cast<int>(zero >> (4 * (2 * rt + j)) & 15) - kInt4Zero);
       float v[8];
 #pragma unroll
@@ -72,6 +73,7 @@ int launch_decode(const PackedWeight& w, int64_t row_begin, int64_t row_end, voi
     case Values::bf16: return launch(decode<Dense16<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
     case Values::int8: return launch(decode<Int8<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
     case Values::int4: return launch(decode<Int4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::nf4: return launch(decode<Nf4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
   }
   return kInvalidValue;
 }

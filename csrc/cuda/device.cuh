@@ -145,13 +145,16 @@ __device__ __forceinline__ uint32_t pair(uint16_t low, uint16_t high) { return l
 struct Bf16 {
   static constexpr uint32_t kOnes = 0x3f803f80, kSixteen = 0x41804180, kCodeMask = 0x00780078, kTwentyFour = 0x41c041c0;
   static constexpr int kCodeShift = 3;  // a nibble at bits 3..6 counts in units of 1 when the exponent is that of 16
+  static constexpr int kMantissa = 7, kBias = 127;
+  static constexpr double kBookUnit = 1.5245361328125;  // see Nf4
   static __device__ __forceinline__ float to_float(uint16_t v) { return bf16_to_float(v); }
   static __device__ __forceinline__ uint16_t from_float(float v) { return float_to_bf16(v); }
   static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) { return subtract_bf16x2(a, b); }
 };
 struct F16 {
   static constexpr uint32_t kOnes = 0x3c003c00, kSixteen = 0x4c004c00, kCodeMask = 0x03c003c0, kTwentyFour = 0x4e004e00;
-  static constexpr int kCodeShift = 6;
+  static constexpr int kCodeShift = 6, kMantissa = 10, kBias = 15;
+  static constexpr double kBookUnit = 1.8868408203125;
   static __device__ __forceinline__ float to_float(uint16_t v) { return f16_to_float(v); }
   static __device__ __forceinline__ uint16_t from_float(float v) { return float_to_f16(v); }
   static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) { return subtract_f16x2(a, b); }

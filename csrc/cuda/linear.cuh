@@ -28,11 +28,10 @@ namespace {
 // as they were written nor reading one c of all rows (load_matrices) meets a bank twice.
 __device__ __forceinline__ int x_slot(int g, int c) { return g * 64 + (c ^ (g >> 1 & 3)) * 16; }
 
-// All of 32 lanes of a stage: the unit | x | scales (8 bytes a lane) | zero points (4 bytes a lane).
+// All of 32 lanes of a stage: the unit | x | scales (8 or 4 bytes a lane) | zero points (4 bytes a lane).
 template <class P, int NB>
 struct Ring {
-  static constexpr bool kScaled = P::Value::kScaled;
-  static constexpr int kX = P::kRoom, kScale = kX + 512 * NB * P::kTurns, kZero = kScale + (kScaled ? 256 : 0);
+  static constexpr int kX = P::kRoom, kScale = kX + 512 * NB * P::kTurns, kZero = kScale + 32 * P::Value::kScaleWord;
   static constexpr int kStage = kZero + (P::kZeros ? 128 : 0);
   static constexpr int kBudget = 96 * 1024;  // what a block may have on every architecture since sm_80
   // Large stages: fewer warps, because three stages are what keeps copies under way.
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
   const int rows = static_cast<int>(a.m - m0) - g, x_step = static_cast<int>(16 * a.x_stride);  // rows of x from this lane's on; 8 rows, in bytes
   const uint8_t* x_from = static_cast<const uint8_t*>(a.x) + 2 * ((m0 + g) * a.x_stride + column);
   const uint8_t* from = a.w.packed + tile * geo.tile_bytes + block * geo.block_bytes;
-  const uint8_t* scales = from + geo.block_bytes - kScaleBytes;
+  const uint8_t *end = from + geo.block_bytes, *scales = scales_of<V>(a.w, geo, tile, block);
   from += (per_block - rest) * P::kUnitBytes;
   P pattern(a, geo, tile, lane, first, last);
   const auto fetch = [&] {
@@ -82,12 +81,12 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
         x_from += 2 * kChunkColumns;
         column += kChunkColumns;
       }
-      if (V::kScaled && (rest == 1 || next + 1 == last)) {
-        copy_small<8>(stage + R::kScale + lane * 8, scales + g * 8);
+      if (V::kScaleWord && (rest == 1 || next + 1 == last)) {
+        copy_small<V::kScaleWord ? V::kScaleWord : 4>(stage + R::kScale + lane * V::kScaleWord, scales + g * V::kScaleWord);
         if (P::kZeros && a.w.zeros) copy_small<4>(stage + R::kZero + lane * 4, a.w.zeros + (tile * geo.blocks + block) * kZeroBytes + g / 2 * 4);
       }
       from += P::kUnitBytes;
-      if (--rest == 0) rest = per_block, ++block, from = scales + kScaleBytes, scales += geo.block_bytes;
+      if (--rest == 0) rest = per_block, ++block, from = end, end += geo.block_bytes, scales += V::kOuter ? kTileRows : geo.block_bytes;
       ++next;
       to = to + R::kStage == R::kStages * R::kStage ? 0 : to + R::kStage;
     }
@@ -101,6 +100,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
   add_low_rank<NB>(y, a.bank, a.w.out_features, tile, m0, a.m, warp, R::kWarps, g, c);
 
   float d[2][NB][4] = {}, sum_x[NB][4] = {};  // of the current block, not yet scaled
+  const float outer = outer_scale<V>(a.w, geo, tile) * V::kUnit;
   const bool needs_sum = P::kOffset != 0 || (P::kZeros && a.w.zeros);
   int in_block = first % per_block, at = 0;
   for (int unit = first; unit < last; ++unit) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
     pattern.multiply(stage, stage + R::kX, turns, lane, P::kSums && needs_sum, sum_x, d);
     if (++in_block != per_block && unit + 1 != last) continue;
     in_block = 0;
-    const uint2 scale = V::kScaled ? *reinterpret_cast<const uint2*>(stage + R::kScale + lane * 8) : uint2{};
+    const uint2 scale = load_scales<V>(stage + R::kScale + lane * V::kScaleWord);
     float offset[2][2] = {{P::kOffset, P::kOffset}, {P::kOffset, P::kOffset}};
     if (P::kZeros && a.w.zeros) {
       const uint32_t zero = *reinterpret_cast<const uint32_t*>(stage + R::kZero + lane * 4) >> (g % 2 * 16);
@@ -124,8 +124,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
     for (int rt = 0; rt < 2; ++rt)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const uint32_t both = rt ? scale.y : scale.x;
-        const float factor = V::kScaled ? f16_to_float(static_cast<uint16_t>(j ? both >> 16 : both)) : 1.f;
+        const float factor = V::scale(scale, 2 * rt + j) * outer;
 #pragma unroll
         for (int n = 0; n < NB; ++n)
 #pragma unroll
@@ -192,6 +191,7 @@ int by_values(const LinearArgs& a, void* stream) {
     case Values::bf16: return by_rows<P, Most, T, Dense16>(a, stream);
     case Values::int8: return by_rows<P, Most, T, Int8>(a, stream);
     case Values::int4: return by_rows<P, Most, T, Int4>(a, stream);
+    case Values::nf4: return by_rows<P, Most, T, Nf4>(a, stream);
   }
   return kInvalidValue;
 }

@@ -61,39 +61,43 @@ Dtype dtype_of(const Tensor& t, const char* what) {
 }
 
 PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int64_t>(Pattern::bitmask) && format % 16 <= static_cast<int64_t>(Values::int4),
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int64_t>(Pattern::bitmask) && format % 16 <= static_cast<int64_t>(Values::nf4),
                   "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
                   "calora: unsupported layer size ", out_features, " x ", in_features);
-  STD_TORCH_CHECK(group_size == -1 || (values == Values::int4 && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
+  STD_TORCH_CHECK(group_size == -1 || (has_groups(values) && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
-                  "calora: group_size must be -1 or, for int4, a multiple of ", kColumnAlign, "; got ", group_size);
-  const bool zeros = packed.size() == 2, bitmask = pattern == Pattern::bitmask;
-  STD_TORCH_CHECK(packed.size() == (bitmask ? 3 : 1) || (zeros && values == Values::int4 && pattern == Pattern::dense),
-                  "calora: expected the packed weight (for dense int4 optionally its zero points, for unstructured weights offsets "
-                  "and kept codes), got ", packed.size(), " tensors");
+                  "calora: group_size must be -1 or, for int4 and nf4, a multiple of ", kColumnAlign, "; got ", group_size);
+  const bool bitmask = pattern == Pattern::bitmask, scales = values == Values::nf4;
+  const bool zeros = packed.size() == 2 && values == Values::int4 && pattern == Pattern::dense;
+  const std::size_t offsets = scales ? 2 : 1, kept = offsets + 1;  // where they are, of an unstructured weight
+  STD_TORCH_CHECK(packed.size() == (bitmask ? kept + 1 : offsets) || zeros,
+                  "calora: expected the packed weight (for dense int4 optionally its zero points, for nf4 its scales, for unstructured "
+                  "weights offsets and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.is_contiguous() && same_device(t, packed[0]),
                     "calora: packed tensors must be contiguous uint8 tensors on one CUDA device");
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
-  STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && (!zeros || packed[1].dim() == 2) && (!bitmask || packed[2].dim() == 2),
+  STD_TORCH_CHECK(packed[0].dim() == 3 && packed[0].size(2) == 16 && ((!zeros && !scales) || packed[1].dim() == 2) && (!bitmask || packed[kept].dim() == 2),
                   "calora: the packed weight on the GPU is in the CPU's order; move the module with .to(\"cuda\"), which reorders it");
   STD_TORCH_CHECK(packed[0].numel() == g.bytes(), "calora: the packed weight has ", packed[0].numel(), " bytes, a ", out_features,
                   " x ", in_features, " layer of this format needs ", g.bytes());
   STD_TORCH_CHECK(!zeros || packed[1].numel() == g.zeros_bytes(), "calora: the zero points have ", zeros ? packed[1].numel() : 0,
                   " bytes, expected ", g.zeros_bytes());
-  STD_TORCH_CHECK(!bitmask || packed[1].numel() == g.offsets_bytes(), "calora: the offsets have ", bitmask ? packed[1].numel() : 0,
-                  " bytes, expected ", g.offsets_bytes());
-  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[2].numel()) >= 0, "calora: the kept codes have ",
-                  bitmask ? packed[2].numel() : 0, " bytes, too few for their tail");
+  STD_TORCH_CHECK(!scales || packed[1].numel() == g.scales_bytes(), "calora: the scales have ", scales ? packed[1].numel() : 0,
+                  " bytes, expected ", g.scales_bytes());
+  STD_TORCH_CHECK(!bitmask || packed[offsets].numel() == g.offsets_bytes(), "calora: the offsets have ",
+                  bitmask ? packed[offsets].numel() : 0, " bytes, expected ", g.offsets_bytes());
+  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[kept].numel()) >= 0, "calora: the kept codes have ",
+                  bitmask ? packed[kept].numel() : 0, " bytes, too few for their tail");
   for (const Tensor& t : packed)
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, "calora: a packed tensor is not 16-byte aligned; .clone() it");
   const auto data = [&](std::size_t i) { return static_cast<const uint8_t*>(packed[i].data_ptr()); };
-  PackedWeight w{data(0), zeros ? data(1) : nullptr, nullptr, nullptr, 0, static_cast<int64_t>(pattern), static_cast<int64_t>(values),
-                 in_features, out_features, group_size};
-  if (bitmask) w.offsets = data(1), w.kept = data(2), w.kept_limit = kept_limit(values, packed[2].numel());
+  PackedWeight w{data(0), zeros ? data(1) : nullptr, scales ? data(1) : nullptr, nullptr, nullptr, 0, static_cast<int64_t>(pattern),
+                 static_cast<int64_t>(values), in_features, out_features, group_size};
+  if (bitmask) w.offsets = data(offsets), w.kept = data(kept), w.kept_limit = kept_limit(values, packed[kept].numel());
   return w;
 }
 
