@@ -55,7 +55,9 @@ def size_bars(path: Path, title: str, sizes: Mapping[str, Mapping[str, int]]) ->
         axes.set_xlim(0, 1.35 * max(left))
 
 
-def loss_dots(path: Path, title: str, arms: Sequence[tuple[str, float, float, bool]], lines: Mapping[str, float]) -> None:
+def loss_dots(
+    path: Path, title: str, arms: Sequence[tuple[str, float, float, bool]], lines: Mapping[str, float], unit: str = "nats per token"
+) -> None:
     """A dot per arm (name, loss, sd over seeds, highlighted) on a zoomed axis; ``lines`` are levels to compare with."""
     with _figure(path, title, height=1.3 + 0.42 * len(arms)) as axes:
         low = min([loss for _, loss, _, _ in arms] + list(lines.values()))
@@ -71,12 +73,12 @@ def loss_dots(path: Path, title: str, arms: Sequence[tuple[str, float, float, bo
         axes.invert_yaxis()
         axes.set_xlim(low - 0.08 * room, high + 0.08 * room)
         axes.set_ylim(len(arms) - 0.5, -0.8)
-        axes.set_xlabel("held-out loss, nats per token (lower is better; axis not from 0)")
+        axes.set_xlabel(f"held-out loss, {unit} (lower is better; axis not from 0)")
         axes.grid(axis="y", color="#e5e5e5")
         axes.set_axisbelow(True)
 
 
-def training_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], window: int = 10) -> None:
+def training_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]], window: int = 10, unit: str = "nats per token") -> None:
     """Loss per step of each run, faint, and its mean over the last ``window`` steps."""
     with _figure(path, title) as axes:
         for (name, losses), colour in zip(curves.items(), (ORANGE, BLUE, GREEN, RED, GREY), strict=False):
@@ -85,7 +87,7 @@ def training_curves(path: Path, title: str, curves: Mapping[str, Sequence[float]
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=1)
             axes.plot(steps, means, color=colour, linewidth=2, label=name)
         axes.set_xlabel(f"step (bold: mean of the last {window})")
-        axes.set_ylabel("training loss, nats per token")
+        axes.set_ylabel(f"training loss, {unit}")
 
 
 def error_map(path: Path, title: str, errors: Mapping[str, float]) -> None:

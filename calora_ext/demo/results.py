@@ -11,6 +11,7 @@ from statistics import mean, stdev
 from .plan import DENSE
 
 WORTH_RECOVERING = 0.02  # nats
+ASKED = 0.8  # of a gap, to be closed
 LEARNING_RATE = 1e-3  # where no packaged result chose one
 
 
@@ -56,8 +57,12 @@ class Rows:
     def __iter__(self):
         return iter(self._by_key.values())
 
-    def verdict(self, task: str, form: str) -> dict | None:
-        """How much of what compression cost the adapter CA-LoRA brings back, or None where an arm is missing."""
+    def verdict(self, task: str, form: str, worth: float = WORTH_RECOVERING, unit: str = "nats") -> dict | None:
+        """How much of what compression cost the adapter CA-LoRA brings back, or None where an arm is missing.
+
+        worth, unit: the smallest gap that is worth recovering, in the unit of the losses. ``met``: 80 % of it is closed, and both LoRAs
+        are behind by more than a standard deviation; where there is nothing to recover, that CA-LoRA is not worse than what was inherited.
+        """
         arms = {arm: self.get(task, form, arm) for arm in ("inherited", "i", "i-big", "i-rc-d")}
         came, trained_on = self.get(task, DENSE, "inherited"), self.get(task, DENSE, "i")
         if None in arms.values() or came is None or trained_on is None:
@@ -66,20 +71,22 @@ class Rows:
         # Training on can overfit: the ceiling is the better of the dense model's two LoRAs, so that a gap is never flattered.
         ceiling = min(came, trained_on, key=lambda row: row.loss)
         gap = inherited - ceiling.loss
-        worth = gap >= WORTH_RECOVERING and gap >= 3 * max(ceiling.sd, ours.sd)
+        large = gap >= worth and gap >= 3 * max(ceiling.sd, ours.sd)
         found = {
             "task": task, "format": form, "ceiling": ceiling.loss, "inherited": inherited, "ca_lora": ours.loss, "gap": gap,
-            "closed": (inherited - ours.loss) / gap if worth else None, "seeds": len(ours.losses), "packaged": ours.packaged,
+            "closed": (inherited - ours.loss) / gap if large else None, "seeds": len(ours.losses), "packaged": ours.packaged,
         }  # fmt: skip
-        if not worth:
-            says = f"nothing to recover: the gap is {gap:.4f} nats; CA-LoRA - inherited = {ours.loss - inherited:+.4f}"
-            return found | {"says": says}
-        says = f"CA-LoRA closes {100 * found['closed']:.0f} % of the gap of {gap:.4f} nats"
+        if not large:
+            says = f"nothing to recover: the gap is {gap:.4f} {unit}; CA-LoRA - inherited = {ours.loss - inherited:+.4f}"
+            return found | {"says": says, "met": ours.loss - ours.sd <= inherited}
+        met = found["closed"] >= ASKED
+        says = f"CA-LoRA closes {100 * found['closed']:.0f} % of the gap of {gap:.4f} {unit}"
         for arm, name in (("i", "the LoRA trained on"), ("i-big", "the larger LoRA")):
             ahead, sd = arms[arm].loss - ours.loss, max(arms[arm].sd, ours.sd)
             found[f"ahead_of_{arm}"] = ahead
+            met &= ahead > sd
             says += f"; {name}: {ahead:+.4f}" + (f" ({ahead / sd:.0f} sd)" if sd else "")
-        return found | {"says": says}
+        return found | {"says": says, "met": met}
 
 
 def packaged(assets: Path) -> list[Row]:

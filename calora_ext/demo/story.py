@@ -41,6 +41,25 @@ def tell(plan: Plan, out: Path, say: Say = print, assets: Path = ASSETS) -> dict
         return _Story(plan, out, say, assets).tell()
 
 
+def branches(arm: str, inherit: Path, rank: int, dense: Callable[[], nn.Module], sites: str = "all") -> dict:
+    """Keyword arguments of ``adapt`` for an arm by its published shorthand. inherit: the LoRA of that rank that came with the dense
+    model, which ``dense`` loads where it is needed. sites: of the recovery modules, and of the larger LoRA."""
+    parts = arm.split("-")
+    recovery = Recovery(sites=sites, init="residual")
+    options: dict = {"inherit": None if "rd" in parts else inherit, "recovery": None, "distill": None}
+    if "rd" in parts:
+        options["lora"] = Lora(rank=rank)
+    if "big" in parts:  # no fewer parameters than CA-LoRA trains
+        options["lora"] = Lora(rank=rank + recovery.rank, targets=sites)
+    if "rc" in parts:
+        options["recovery"] = recovery
+    if "d" in parts:
+        del options["distill"]
+    if {"rc", "d"} & set(parts):
+        options["teacher"] = dense()
+    return options
+
+
 class _Story:
     def __init__(self, plan: Plan, out: Path, say: Say, assets: Path) -> None:
         self.plan, self.out, self.say, self.assets = plan, out, say, assets
@@ -139,7 +158,7 @@ class _Story:
         )
         result = adapt(
             model, data=self._file(task, "train"), tokenizer=self.tokenizer, max_length=WINDOW, args=settings, adapter_name=task,
-            **self._branches(task, form, arm),
+            **branches(arm, self._lora(task), LORA_RANK, lambda: self._load(DENSE), self._sites(form)),
         )  # fmt: skip
         saved = self.out / "adapters" / file_name(task, form, arm, "seed", str(seed))
         save_adapter(model, task, saved)
@@ -149,23 +168,9 @@ class _Story:
             "bytes": self._bytes(form, saved), "speed": self._speed(model, task),
         }  # fmt: skip
 
-    def _branches(self, task: str, form: str, arm: str) -> dict:
-        """Keyword arguments of ``adapt`` for an arm."""
-        parts = arm.split("-")
-        # Recovery goes where compression took something: to the output head as well where that was rounded to INT4.
-        sites = ".*(_proj|lm_head)" if FORMATS.get(form, {}).get("embeddings") else "all"
-        recovery = Recovery(sites=sites, init="residual")
-        options: dict = {"inherit": None if "rd" in parts else self._lora(task), "recovery": None, "distill": None}
-        if "rd" in parts:
-            options["lora"] = Lora(rank=LORA_RANK)
-        if "big" in parts:  # on the same layers, with no fewer parameters than CA-LoRA trains
-            options["lora"] = Lora(rank=LORA_RANK + recovery.rank, targets=sites)
-        if "rc" in parts:
-            options["recovery"] = recovery
-        if "d" in parts:
-            del options["distill"]
-            options["teacher"] = self._load(DENSE)
-        return options
+    def _sites(self, form: str) -> str:
+        """Where recovery goes: to the layers from which compression took something, the output head as well where it is INT4."""
+        return ".*(_proj|lm_head)" if FORMATS.get(form, {}).get("embeddings") else "all"
 
     def _packaged_rate(self, task: str, form: str, arm: str) -> float:
         row = self.packaged.get(task, form, arm)
