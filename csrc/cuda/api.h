@@ -107,6 +107,8 @@ int calora_cuda_decode_bitmask(const calora::cuda::PackedWeight* w, int64_t row_
 int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* source, int64_t row_bytes, int64_t rows, void* stream);
 // The xor of all 16-byte words of data, in 8-byte halves xored together; partial: kReadBlocks words. Waits for the result.
 int calora_cuda_read(const void* data, int64_t bytes, void* partial, uint64_t* result, void* stream);
+// Makes `device` this runtime's current one: it is linked statically and knows nothing of what torch's runtime has set.
+int calora_cuda_set_device(int device);
 const char* calora_cuda_error(int code);
 }
 

@@ -32,13 +32,13 @@ __device__ __forceinline__ void add_low_rank_by_row(float (&y)[2][NB][4], const 
     }
 }
 
-template <int NB>
-__device__ __forceinline__ void add_low_rank(float (&y)[2][NB][4], const LowRank& bank, int64_t out_features, int64_t tile, int64_t m0,
-                                             int64_t m_end, int warp, int warps, int g, int c) {
-  if (bank.row_adapter) return add_low_rank_by_row<NB>(y, bank, out_features, tile, m0, m_end, warp, warps, g, c);
-  const int64_t padded_m = padded_rows(m_end);
+// Many ranks at a time, so that their reads are under way together: the reads of weights do not go on meanwhile.
+template <int NB, bool Wide>
+__device__ __forceinline__ void add_ranks(float (&y)[2][NB][4], const LowRank& bank, int64_t out_features, int64_t tile, int64_t m0, int64_t padded_m,
+                                          int warp, int warps, int g, int c) {
   const Dtype dtype = static_cast<Dtype>(bank.dtype);
-#pragma unroll 2
+  constexpr int kTogether = NB <= 2 ? 8 : 2;
+#pragma unroll kTogether
   for (int64_t r = warp; r < bank.rank; r += warps) {
     float u[2][2];
 #pragma unroll
@@ -46,7 +46,8 @@ __device__ __forceinline__ void add_low_rank(float (&y)[2][NB][4], const LowRank
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int row = 16 * rt + 8 * j + g;
-        u[rt][j] = tile * kTileRows + row < out_features ? load(bank.up, tile * bank.up_tile + row * bank.up_row + r * bank.up_rank, dtype) : 0;
+        const int64_t at = tile * bank.up_tile + row * bank.up_row + r * bank.up_rank;
+        u[rt][j] = tile * kTileRows + row >= out_features ? 0 : Wide ? load(bank.up, at, Dtype::f32) : load16(bank.up, at, dtype);
       }
 #pragma unroll
     for (int n = 0; n < NB; ++n) {
@@ -62,6 +63,15 @@ __device__ __forceinline__ void add_low_rank(float (&y)[2][NB][4], const LowRank
         }
     }
   }
+}
+
+template <int NB>
+__device__ __forceinline__ void add_low_rank(float (&y)[2][NB][4], const LowRank& bank, int64_t out_features, int64_t tile, int64_t m0,
+                                             int64_t m_end, int warp, int warps, int g, int c) {
+  if (bank.row_adapter) return add_low_rank_by_row<NB>(y, bank, out_features, tile, m0, m_end, warp, warps, g, c);
+  const int64_t padded_m = padded_rows(m_end);
+  if (static_cast<Dtype>(bank.dtype) == Dtype::f32) add_ranks<NB, true>(y, bank, out_features, tile, m0, padded_m, warp, warps, g, c);
+  else add_ranks<NB, false>(y, bank, out_features, tile, m0, padded_m, warp, warps, g, c);
 }
 
 }  // namespace calora::cuda

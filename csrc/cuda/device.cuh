@@ -160,11 +160,13 @@ struct F16 {
   static __device__ __forceinline__ uint32_t subtract(uint32_t a, uint32_t b) { return subtract_f16x2(a, b); }
 };
 
-// Element i of an array of any of the three dtypes.
-__device__ __forceinline__ float load(const void* p, int64_t i, Dtype dtype) {
-  if (dtype == Dtype::f32) return static_cast<const float*>(p)[i];
+// Element i of an array of one of the 16-bit dtypes, or of any of the three.
+__device__ __forceinline__ float load16(const void* p, int64_t i, Dtype dtype) {
   const uint16_t v = static_cast<const uint16_t*>(p)[i];
   return dtype == Dtype::bf16 ? bf16_to_float(v) : f16_to_float(v);
+}
+__device__ __forceinline__ float load(const void* p, int64_t i, Dtype dtype) {
+  return dtype == Dtype::f32 ? static_cast<const float*>(p)[i] : load16(p, i, dtype);
 }
 
 }  // namespace calora::cuda

@@ -48,6 +48,12 @@ void check(int code) {
   STD_TORCH_CHECK(code == 0, "calora: a CUDA kernel was not started: ", calora_cuda_error(code));
 }
 
+// A device is current for torch's runtime and for ours, which is another copy of it.
+struct OnDevice {
+  DeviceGuard guard;
+  explicit OnDevice(int32_t device) : guard(device) { check(calora_cuda_set_device(device)); }
+};
+
 bool same_device(const Tensor& t, const Tensor& x) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); }
 
 Dtype dtype_of(const Tensor& t, const char* what) {
@@ -195,7 +201,7 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_f
   }
   a.bank = bank_of(x, down, up, identity_rank, row_adapter, in_features, out_features);
   a.m = x.numel() / in_features;
-  const DeviceGuard guard(x.get_device_index());
+  const OnDevice guard(x.get_device_index());
   if (a.m == 0) return torch::stable::new_empty(x, with_last(x, out_features));
   if (a.m > kFusedRows || dtype == Dtype::f32) {
     const Tensor weight = decode_to(x, a.w, 0, out_features, x.scalar_type(), dtype);
@@ -230,7 +236,7 @@ Tensor linear_dx(Tensor grad, std::vector<Tensor> packed, int64_t format, int64_
   const PackedWeight w = weight_of(packed, format, in_features, out_features, group_size);
   STD_TORCH_CHECK(same_device(packed[0], grad), "calora: grad and the packed weight are on different devices");
   STD_TORCH_CHECK(grad.dim() >= 1 && grad.size(grad.dim() - 1) == out_features, "calora: the last dimension of grad must be ", out_features);
-  const DeviceGuard guard(grad.get_device_index());
+  const OnDevice guard(grad.get_device_index());
   return torch::stable::matmul(grad, decode_to(grad, w, 0, out_features, grad.scalar_type(), dtype));
 }
 
@@ -240,14 +246,14 @@ Tensor decode(std::vector<Tensor> packed, int64_t format, int64_t in_features, i
   const PackedWeight w = weight_of(packed, format, in_features, out_features, group_size);
   STD_TORCH_CHECK(0 <= row_begin && row_begin <= row_end && row_end <= out_features, "calora: rows ", row_begin, "..", row_end,
                   " are not within 0..", out_features);
-  const DeviceGuard guard(packed[0].get_device_index());
+  const OnDevice guard(packed[0].get_device_index());
   return decode_to(packed[0], w, row_begin, row_end, ScalarType::Float, Dtype::f32);
 }
 
 int64_t read(Tensor data) {
   STD_TORCH_CHECK(data.is_contiguous() && data.scalar_type() == ScalarType::Byte, "calora: read takes a contiguous uint8 tensor");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data.data_ptr()) % 16 == 0, "calora: read takes a 16-byte aligned tensor");
-  const DeviceGuard guard(data.get_device_index());
+  const OnDevice guard(data.get_device_index());
   Tensor partial = torch::stable::new_empty(data, {kReadBlocks}, ScalarType::Long);
   uint64_t result = 0;
   check(calora_cuda_read(data.data_ptr(), data.numel(), partial.data_ptr(), &result, current_stream(data.get_device_index())));

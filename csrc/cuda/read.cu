@@ -42,4 +42,6 @@ extern "C" int calora_cuda_read(const void* data, int64_t bytes, void* partial, 
   return e;
 }
 
+extern "C" int calora_cuda_set_device(int device) { return cudaSetDevice(device); }
+
 extern "C" const char* calora_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
