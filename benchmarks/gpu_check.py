@@ -11,6 +11,7 @@ each comes with the bytes read and the fraction of the read ceiling measured in 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import statistics
@@ -29,14 +30,21 @@ from calora_ext.linear import CompressedLinear
 from calora_ext.tables import table
 
 FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
-           WeightFormat("int8"), WeightFormat("bf16"),
-           *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 32), ("int4", 128), ("int8",), ("bf16",)))]  # fmt: skip
-SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("int8"), WeightFormat("bf16"),
+           WeightFormat("int8"), WeightFormat("bf16"), WeightFormat("nf4", 64), WeightFormat("nf4", -1),
+           *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 32), ("int4", 128), ("nf4", 96), ("int8",), ("bf16",)))]  # fmt: skip
+SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("nf4", 64), WeightFormat("int8"), WeightFormat("bf16"),
                  *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 128), ("bf16",)))]  # fmt: skip
-BY_ROW = "int4 g128, 8 banks for 8 rows"
-# What a row is meant to reach, M <= 8: (row, peer, how many times as fast).
-TARGETS = [("int4 g128 2:4", "int4 g128", 1.22), ("int4 g128 unstructured", "int4 g128", 1.15), ("bf16 unstructured", "cuBLAS bf16", 1.4),
-           (BY_ROW, "int4 g128 + LoRA 16 + recovery 64", 0.8)]  # fmt: skip
+INT4, BANK, BY_ROW = "int4 g128", "int4 g128 + LoRA 16 + recovery 64", "int4 g128, 8 banks for 8 rows"
+CUBLAS, PEFT = "cuBLAS bf16", "cuBLAS bf16 + LoRA as PEFT computes it"
+EAGER = ", eager"
+# Targets: at most so many us (in, out); or, over M and shapes, at least so many times as fast as a peer.
+MICROSECONDS = {(8192, 8192): 12.5, (8192, 28672): 34.0}  # INT4, M = 1 and 8
+SPEED_UPS = [
+    ((1, 8), (8192, 8192), BANK, INT4, 1 / 1.10), ((1, 8), (8192, 8192), BANK, PEFT, 3.0), ((1, 8), (8192, 8192), BANK + EAGER, PEFT + EAGER, 3.5),
+    ((64,), None, INT4, CUBLAS, 1.4), ((1, 8), None, "int4 g128 2:4", INT4, 1.22), ((1, 8), None, "int4 g128 unstructured", INT4, 1.15),
+    ((1, 8), None, "bf16 unstructured", CUBLAS, 1.4), ((2048,), None, BANK, CUBLAS, 1 / 1.15), ((8,), None, BY_ROW, BANK, 1 / 1.25),
+]  # fmt: skip
+OF_ONE_ROW = 0.9  # at M = 16, of the speed-up of INT4 over CUBLAS at M = 1
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
@@ -44,6 +52,7 @@ SPEED_SHAPES = ((8192, 8192), (8192, 28672), (4096, 14336))  # (in, out)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative, Frobenius, of fused results
 PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}  # torch's own products of rounded weights
 COPIES_BYTES = 256 << 20  # rotate weights through this much: several times any L2
+GRAPH_CALLS = 32  # in a graph that is timed, so that its own start counts for little
 
 
 def sparse_mask(fmt: WeightFormat, out: int, in_: int, device: str = "cpu", seed: int = 0) -> Tensor | None:
@@ -76,16 +85,23 @@ def random_weight(fmt: WeightFormat, in_: int, out: int) -> list[Tensor]:
     return list(tensors.values())
 
 
+@functools.cache
+def weight(fmt: WeightFormat, in_: int, out: int, device: str) -> tuple[list[Tensor], Tensor]:
+    """(packed tensors of a layer in the order of the device, the dense weight they stand for)."""
+    gen = torch.Generator().manual_seed(0)
+    packed = fmt.pack(torch.randn(out, in_, generator=gen) / in_**0.5, sparse_mask(fmt, out, in_))
+    dense = fmt.decode(packed, in_, out).to(device)
+    on_gpu = torch.device(device).type == "cuda"
+    return [to_cuda_order(n, t.to(device), fmt, in_, out, packed["packed"]) if on_gpu else t for n, t in packed.items()], dense
+
+
 class Case:
     """One layer on a device: packed tensors in its order, x, bias and bank, and what float64 makes of them."""
 
     def __init__(self, fmt, m, in_, out, rank, identity_rank, dtype, device, seed=0, bank_dtype=None) -> None:
         gen = torch.Generator().manual_seed(seed)
-        packed = fmt.pack(torch.randn(out, in_, generator=gen) / in_**0.5, sparse_mask(fmt, out, in_, seed=seed))
         self.fmt, self.in_, self.out, self.identity_rank = fmt, in_, out, identity_rank
-        self.dense = fmt.decode(packed, in_, out).to(device)
-        on_gpu = torch.device(device).type == "cuda"
-        self.packed = [to_cuda_order(n, t.to(device), fmt, in_, out, packed["packed"]) if on_gpu else t for n, t in packed.items()]
+        self.packed, self.dense = weight(fmt, in_, out, device)
         self.x = torch.randn(m, in_, generator=gen).to(device, dtype)
         self.bias = torch.randn(out, generator=gen).to(device, dtype)
         bank_dtype = bank_dtype or dtype
@@ -141,7 +157,7 @@ def backward(device: str) -> dict:
     """Gradients of x, D, U and the bias against float64 autograd."""
     failed = []
     dense, two_four, bitmask = WeightFormat("int4", 128), WeightFormat("int4", 128, pattern="2:4"), WeightFormat("bf16", pattern="unstructured")
-    for m, fmt in ((5, dense), (100, dense), (100, two_four), (100, bitmask)):
+    for m, fmt in ((5, dense), (100, dense), (100, two_four), (100, bitmask), (100, WeightFormat("nf4", 64))):
         case = Case(fmt, m, 256, 160, 24, 8, torch.float32, device)
         leaves = [t.clone().requires_grad_() for t in (case.x, case.bias, case.down, case.up)]
         x, bias, down, up = leaves
@@ -176,13 +192,39 @@ def adapters_by_row() -> dict:
 
 
 def opcheck(device: str) -> dict:
-    case = Case(FORMATS[1], 3, 300, 97, 24, 8, torch.bfloat16, device)
-    args = (case.x, case.packed, case.fmt.id, 300, 97, case.fmt.group_size, case.bias, case.down, case.up, 8, None, 0)
-    try:
-        torch.library.opcheck(torch.ops.calora.linear.default, args)
-    except Exception as error:
-        return {"failed": [f"opcheck: {str(error).splitlines()[0]}"]}
-    return {"failed": []}
+    failed = []
+    for fmt in (WeightFormat("int4", 64, symmetric=False), WeightFormat("nf4", 64), WeightFormat("int4", 128, pattern="unstructured")):
+        case = Case(fmt, 3, 300, 97, 24, 8, torch.bfloat16, device)
+        layer = (case.packed, fmt.id, 300, 97, fmt.group_size)
+        calls = {"linear": (case.x, *layer, case.bias, case.down, case.up, 8, None, 0), "linear_dx": (case.x.new_ones(3, 97), *layer), "decode": (*layer, 10, 40)}
+        for name, args in calls.items():
+            try:
+                torch.library.opcheck(getattr(torch.ops.calora, name).default, args)
+            except Exception as error:
+                failed.append(f"opcheck of {name}, {fmt}: {str(error).splitlines()[0]}")
+    return {"failed": failed}
+
+
+def adapter_switch(device: str) -> dict:
+    """Another adapter of the same ranks: the same compiled function, on a GPU the same graph."""
+    failed = []
+    case, other = (Case(WeightFormat("int4", 128), 4, 1024, 512, 80, 16, torch.bfloat16, device, seed=seed) for seed in (1, 2))
+    other.x, other.bias = case.x, case.bias
+    compiled = torch.compile(lambda x, down, up: ops.linear(x, case.packed, case.fmt, 1024, 512, case.bias, down, up, 16, "exact"), backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for one in (case, other):
+            if not torch.equal(compiled(case.x, one.down, one.up), one.run()):
+                failed.append("a compiled call with another adapter gives another result")
+    if device == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        case.run()
+        with torch.cuda.graph(graph):
+            y = case.run()
+        case.down.copy_(other.down), case.up.copy_(other.up)
+        graph.replay()
+        if not torch.equal(y, other.run()):
+            failed.append("a graph does not follow an adapter that was copied in")
+    return {"failed": failed}
 
 
 def module_moves(device: str) -> dict:
@@ -206,23 +248,28 @@ def module_moves(device: str) -> dict:
 
 def graphs_and_streams() -> dict:
     """Capture and replay with changed inputs, a stream of one's own, and 1000 runs that must not differ in a bit."""
+
+    def same(a: Tensor, b: Tensor) -> bool:  # beyond 64 rows it is torch's product, whose bits may depend on the stream
+        return torch.equal(a, b) if len(a) <= 64 else relative(a, b.double()) < PREFILL_TOLERANCE[torch.bfloat16]
+
     failed = []
-    dense, two_four, bitmask = (WeightFormat("int4", 128, pattern=pattern) for pattern in ("dense", "2:4", "unstructured"))
-    for m, fmt in ((1, dense), (8, dense), (40, dense), (8, two_four), (8, bitmask)):
+    patterns = [WeightFormat("int4", 128, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")]
+    others = [WeightFormat("nf4", 64), WeightFormat("nf4", 64, pattern="unstructured"), WeightFormat("int8"), WeightFormat("bf16", pattern="2:4")]
+    for m, fmt in (*((m, patterns[0]) for m in (1, 8, 40, 100)), *((8, fmt) for fmt in (*patterns[1:], *others))):
         case = Case(fmt, m, 1024, 512, 80, 16, torch.bfloat16, "cuda")
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             on_stream = case.run()
         torch.cuda.current_stream().wait_stream(stream)
-        if not torch.equal(on_stream, case.run()):
+        if not same(on_stream, case.run()):
             failed.append(f"{fmt} m={m}: another result on another stream")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = case.run()
         case.x.copy_(torch.randn(m, 1024))
         graph.replay()
-        if not torch.equal(y, case.run()):
+        if not same(y, case.run()):
             failed.append(f"{fmt} m={m}: a replayed graph gives another result")
         first, different = y.clone(), torch.zeros((), device="cuda", dtype=torch.int64)
         for _ in range(1000):
@@ -257,7 +304,8 @@ def checkers(seconds: float) -> dict:
 
 
 def timed(calls: list[Callable[[], object]], rounds: int = 30) -> float:
-    """Seconds of one call: the median replay of a graph of all of them, divided by their number."""
+    """Seconds of one call: the median replay of a graph of all of them, as often as it takes, divided by their number."""
+    calls = calls * -(-GRAPH_CALLS // len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -299,17 +347,15 @@ def ceilings() -> dict:
 
 
 def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> None:
-    """One shape and M: our formats with and without the bank, and the peers."""
+    """One shape and M: our formats with and without the bank, and the peers. Every weight has adapters of its own."""
     dtype, lora, recovery = torch.bfloat16, 16, 64
     x = torch.randn(m, in_, device="cuda", dtype=dtype)
-    a, b = torch.randn(lora, in_, device="cuda") / in_**0.5, torch.randn(out, lora, device="cuda")
-    down = torch.randn(lora + recovery, in_, device="cuda", dtype=dtype) / in_**0.5
-    up = ops.tile_up(torch.randn(out, lora + recovery, device="cuda", dtype=dtype))
+    bank_bytes = 2 * (lora + recovery) * (in_ + out)
 
     def add(name: str, seconds: float, nbytes: int) -> None:
         row = {"in": in_, "out": out, "m": m, "what": name, "seconds": seconds, "bytes": nbytes, "of_read_ceiling": nbytes / seconds / read}
         rows.append(row)
-        print(f"  {out} x {in_}  m={m:<4} {name:36} {seconds * 1e6:9.1f} us  {row['of_read_ceiling']:.2f} of the read ceiling")
+        print(f"  {out} x {in_}  m={m:<4} {name:40} {seconds * 1e6:9.1f} us  {row['of_read_ceiling']:.2f} of the read ceiling")
 
     def ours(w: list[Tensor], fmt: WeightFormat, *bank) -> Tensor:
         return ops.linear(x, w, fmt, in_, out, *bank)
@@ -317,29 +363,36 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> Non
     def copies(nbytes: int) -> int:
         return max(4, -(-COPIES_BYTES // nbytes))
 
+    def random_bank() -> tuple[Tensor, Tensor]:
+        down = torch.randn(lora + recovery, in_, device="cuda", dtype=dtype) / in_**0.5
+        return down, ops.tile_up(torch.randn(out, lora + recovery, device="cuda", dtype=dtype))
+
     for fmt in SPEED_FORMATS:
         weights = [random_weight(fmt, in_, out)]
         nbytes = sum(t.numel() for t in weights[0])
         weights += [random_weight(fmt, in_, out) for _ in range(copies(nbytes) - 1)]
-        bank = (None, down, up, lora)
+        banks = [(None, *random_bank(), lora) for _ in weights]
         add(f"{fmt}", timed([lambda w=w, fmt=fmt: ours(w, fmt) for w in weights]), nbytes)
-        add(f"{fmt} + LoRA 16 + recovery 64", timed([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
-        if m == 8 and fmt == WeightFormat("int4", 128):
-            stacked = (None, down.expand(8, -1, -1).contiguous(), up.expand(8, -1, -1, -1).contiguous(), lora, "exact", torch.arange(8, device="cuda"))
-            add(BY_ROW, timed([lambda w=w, fmt=fmt, stacked=stacked: ours(w, fmt, *stacked) for w in weights]), nbytes)
-        if fmt.values == "int4" and not fmt.sparse:
-            add(f"{fmt} + bank, eager", timed_eager([lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w in weights]), nbytes)
+        with_bank = [lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w, bank in zip(weights, banks, strict=True)]
+        add(f"{fmt} + LoRA 16 + recovery 64", timed(with_bank), nbytes + bank_bytes)
+        if str(fmt) == INT4:
+            add(BANK + EAGER, timed_eager(with_bank), nbytes + bank_bytes)
+        if str(fmt) == INT4 and m == 8:
+            stacks = [(None, *(torch.stack(many) for many in zip(*(random_bank() for _ in range(8)), strict=True)), lora, "exact", torch.arange(8, device="cuda")) for _ in weights]
+            add(BY_ROW, timed([lambda w=w, fmt=fmt, stack=stack: ours(w, fmt, *stack) for w, stack in zip(weights, stacks, strict=True)]), nbytes + 8 * bank_bytes)
     dense = [torch.randn(out, in_, device="cuda", dtype=dtype) for _ in range(copies(2 * in_ * out))]
     nbytes = 2 * in_ * out
-    add("cuBLAS bf16", timed([lambda w=w: torch.nn.functional.linear(x, w) for w in dense]), nbytes)
+    add(CUBLAS, timed([lambda w=w: torch.nn.functional.linear(x, w) for w in dense]), nbytes)
+    adapters = [(torch.randn(lora, in_, device="cuda") / in_**0.5, torch.randn(out, lora, device="cuda")) for _ in dense]
 
-    def with_lora(w: Tensor) -> Tensor:  # what peft.tuners.lora.Linear does in eval mode with its fp32 adapters
+    def with_lora(w: Tensor, a: Tensor, b: Tensor) -> Tensor:  # what peft.tuners.lora.Linear does in eval mode with its fp32 adapters
         y = torch.nn.functional.linear(x, w)
         return (y + (x.float() @ a.t() @ b.t()) * 2.0).to(dtype)
 
-    add("cuBLAS bf16 + LoRA as PEFT computes it", timed([lambda w=w: with_lora(w) for w in dense]), nbytes)
-    add("the same, eager", timed_eager([lambda w=w: with_lora(w) for w in dense]), nbytes)
-    del dense
+    calls = [lambda w=w, a=a, b=b: with_lora(w, a, b) for w, (a, b) in zip(dense, adapters, strict=True)]
+    add(PEFT, timed(calls), nbytes + 4 * lora * (in_ + out))
+    add(PEFT + EAGER, timed_eager(calls), nbytes + 4 * lora * (in_ + out))
+    del dense, calls
     try:
         codes = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8, device="cuda")
         n = copies(in_ * out // 2)
@@ -351,19 +404,44 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> Non
     try:
         import bitsandbytes as bnb
 
-        layers = []
-        for _ in range(copies(in_ * out // 2)):
-            layer = bnb.nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4")
-            layers.append(layer.to("cuda"))
-        add("bitsandbytes nf4", timed([lambda w=w: w(x) for w in layers]), in_ * out // 2)
+        layers = [bnb.nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device="cuda").to("cuda") for _ in range(copies(in_ * out // 2))]
+        with torch.no_grad():
+            add("bitsandbytes nf4", timed([lambda w=w: w(x) for w in layers]), in_ * out // 2)
     except ImportError:
         print("  bitsandbytes: left out (not installed)")
     except Exception as error:
         print(f"  bitsandbytes: left out ({str(error).splitlines()[0][:100]})")
 
 
+def goals(by: dict[tuple[int, int, int, str], float]) -> list[tuple[str, str, str, str, str, str]]:
+    """What the targets ask for, of seconds by (in, out, m, what): layer, M, what, is, should be, MISS."""
+    shapes = sorted({key[:2] for key in by})
+    rows = []
+
+    def add(shape: tuple[int, int], m: int, what: str, value: float, limit: float, good: bool) -> None:
+        rows.append((f"{shape[1]} x {shape[0]}", str(m), what, f"{value:.2f}", f"{limit:.2f}", "" if good else "MISS"))
+
+    for shape, limit in MICROSECONDS.items():
+        for m in (1, 8):
+            if seconds := by.get((*shape, m, INT4)):
+                add(shape, m, f"{INT4}, us at most", seconds * 1e6, limit, seconds * 1e6 <= limit)
+    for ms, only, what, peer, least in SPEED_UPS:
+        for shape in [only] if only else shapes:
+            for m in ms:
+                mine, other = by.get((*shape, m, what)), by.get((*shape, m, peer))
+                if mine and other:
+                    add(shape, m, f"{what} / {peer}", other / mine, least, other / mine >= least)
+    for shape in shapes:
+        try:
+            one, many = (by[*shape, m, CUBLAS] / by[*shape, m, INT4] for m in (1, 16))
+        except KeyError:
+            continue
+        add(shape, 16, f"{INT4} / {CUBLAS}, of that at M = 1", many / one, OF_ONE_ROW, many / one >= OF_ONE_ROW)
+    return rows
+
+
 def summary(results: dict) -> str:
-    """The short table: what was checked, and each speed beside the two peers that matter."""
+    """Every speed, then what was checked, and last the targets."""
     lines = [(name, "ok" if not part["failed"] else f"{len(part['failed'])} FAILED: {part['failed'][0]}")
              for name, part in results.items() if isinstance(part, dict) and "failed" in part]  # fmt: skip
     lines += [(name, str(what)) for name, what in results.get("checkers", {}).items()]
@@ -374,19 +452,13 @@ def summary(results: dict) -> str:
     speeds = []
     for row in rows:
         where = (row["in"], row["out"], row["m"])
-        base = by.get((*where, "cuBLAS bf16"))
+        base = by.get((*where, CUBLAS))
         speeds.append((f"{row['out']} x {row['in']}", str(row["m"]), row["what"], f"{row['seconds'] * 1e6:.1f}",
                        f"{base / row['seconds']:.2f}" if base else "-", f"{row['of_read_ceiling']:.2f}"))  # fmt: skip
-    goals = []
-    for m, (what, peer, factor) in ((m, target) for m in (1, 8) for target in TARGETS):
-        for in_, out in sorted({(r["in"], r["out"]) for r in rows}):
-            mine, other = by.get((in_, out, m, what)), by.get((in_, out, m, peer))
-            if mine and other:
-                goals.append((f"{out} x {in_}", str(m), f"{what} / {peer}", f"{other / mine:.2f}", f"{factor:.2f}", "" if other / mine >= factor else "MISS"))
-    if goals:
-        text += "\n\n" + table(("layer", "M", "speed-up", "is", "should be", ""), goals)
     if speeds:
-        text += "\n\n" + table(("layer", "M", "what", "us", "x cuBLAS bf16", "of read ceiling"), speeds)
+        text = table(("layer", "M", "what", "us", "x cuBLAS bf16", "of read ceiling"), speeds) + "\n\n" + text
+    if wanted := goals(by):
+        text += "\n\n" + table(("layer", "M", "speed-up", "is", "should be", ""), wanted)
     return text
 
 
@@ -399,7 +471,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.dry_run:
         print("Dry run: no GPU is used, nothing is measured, no result is written. The cases run on the CPU kernels.")
-        parts = {"correctness": correctness("cpu", small=True), "backward": backward("cpu"), "opcheck": opcheck("cpu")}
+        parts = {"correctness": correctness("cpu", small=True), "backward": backward("cpu"), "opcheck": opcheck("cpu"),
+                 "adapter switch": adapter_switch("cpu")}
         print(summary(parts))
         return any(part["failed"] for part in parts.values())
     if not torch.cuda.is_available():
@@ -421,7 +494,7 @@ def main() -> int:
 
     stages: dict[str, Callable[[], dict]] = {
         "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
-        "adapters by row": adapters_by_row,
+        "adapters by row": adapters_by_row, "adapter switch": lambda: adapter_switch("cuda"),
         "modules": lambda: module_moves("cuda"), "graphs": graphs_and_streams, "checkers": lambda: checkers(min(120, left() / 3)),
     }  # fmt: skip
     for name, stage in stages.items():

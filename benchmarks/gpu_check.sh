@@ -19,7 +19,14 @@ if [ ${#dry[@]} -eq 0 ]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "No GPU that torch can use was found; --dry-run runs what needs none." >&2; exit 2; }
 fi
-# The library: as it was carried along, or built here (about a minute for one architecture).
+# The library: as it was carried along, or built here (about a minute for one architecture). It serves every Python; the small
+# module beside it is for one, and is compiled for this one where it was carried along for another. torch brings pybind11.
+if [ -f calora_ext/lib/libcalora.so ] && ! "$python" -c 'from calora_ext import _native' 2>/dev/null; then
+  read -r headers torch suffix < <("$python" -c 'import sysconfig, torch, pathlib
+print(sysconfig.get_paths()["include"], pathlib.Path(torch.__file__).parent, sysconfig.get_config_var("EXT_SUFFIX"))')
+  "${CXX:-g++}" -O1 -std=c++20 -shared -fPIC -fvisibility=hidden -I"$headers" -I"$torch/include" csrc/module.cpp -Lcalora_ext/lib -lcalora \
+    '-Wl,-rpath,$ORIGIN/lib' -Wl,--allow-shlib-undefined -o "calora_ext/_native$suffix" >&2 || true
+fi
 if ! "$python" -c 'import sys; from calora_ext import ops; sys.exit(not ops.native.cuda_architectures())' 2>/dev/null; then
   [ ${#dry[@]} -eq 0 ] || { echo "calora_ext is not built here with CUDA kernels: run python setup.py build_ext --inplace first." >&2; exit 2; }
   command -v nvcc >/dev/null || [ -x /usr/local/cuda/bin/nvcc ] ||

@@ -47,3 +47,15 @@ def test_the_table_names_failures_first_hand():
     rows = [{"in": 64, "out": 32, "m": 1, "what": what, "seconds": s, "bytes": 10, "of_read_ceiling": 0.5} for what, s in (("int4 g128", 1e-5), ("cuBLAS bf16", 3e-5))]
     text = gpu_check.summary({"correctness": {"failed": ["int4: 1 > 0"]}, "graphs": {"failed": []}, "checkers": {"skipped": "not found"}, "speed": rows})
     assert "1 FAILED: int4: 1 > 0" in text and "3.00" in text and "not found" in text
+
+
+def test_targets_are_judged():
+    square, tall = (8192, 8192), (8192, 28672)
+    by = {(*square, 1, gpu_check.INT4): 12e-6, (*square, 1, gpu_check.BANK): 14e-6, (*square, 1, gpu_check.CUBLAS): 36e-6, (*square, 16, gpu_check.INT4): 18e-6,
+          (*square, 16, gpu_check.CUBLAS): 36e-6, (*tall, 8, gpu_check.INT4): 35e-6, (*square, 2048, gpu_check.BANK): 400e-6, (*square, 2048, gpu_check.CUBLAS): 360e-6}  # fmt: skip
+    judged = {(row[0], row[1], row[2].split(" / ")[-1]): (row[3], row[5]) for row in gpu_check.goals(by)}
+    assert judged == {
+        ("8192 x 8192", "1", "int4 g128, us at most"): ("12.00", ""), ("28672 x 8192", "8", "int4 g128, us at most"): ("35.00", "MISS"),
+        ("8192 x 8192", "1", "int4 g128"): ("0.86", "MISS"), ("8192 x 8192", "2048", "cuBLAS bf16"): ("0.90", ""),
+        ("8192 x 8192", "16", "cuBLAS bf16, of that at M = 1"): ("0.67", "MISS"),
+    }  # fmt: skip
