@@ -2,8 +2,9 @@
 
     python benchmarks/abi_matrix.py [--out benchmarks/results/abi-matrix.json] [--python PATH ...]
 
-Without --python it makes a virtual environment per version under build/abi, with torch from the configured package index
-(several GB where that gives CUDA builds).
+Runs in this interpreter's torch and in a virtual environment per version under build/abi, which it makes where it is missing: the
+build of the package index, which on PyPI is one with CUDA (several GB). With --python in those interpreters alone. What was not
+run stands in the result.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "calora_ext" / "lib" / "libcalora.so"
 VERSIONS = ("2.10.0", "2.11.0", "2.12.0", "2.13.0")
+BUILDS = ("cpu", "cuda")
 
 # Needs torch alone. Format 0 is bf16 in tiles of 32 rows: the dense weight is what `decode` says, and a product must agree with it.
 CHECK = """
@@ -39,7 +41,7 @@ try:
     refused = None
 except RuntimeError as error:
     refused = str(error).splitlines()[0]
-print(json.dumps({"torch": torch.__version__, "cuda_build": torch.version.cuda, "registered": registered, "cpu_results": right, "cpu_tensors_as_cuda": refused}))
+print(json.dumps({"torch": torch.__version__, "cuda_build": torch.version.cuda, "python": sys.version.split()[0], "registered": registered, "cpu_results": right, "cpu_tensors_as_cuda": refused}))
 """
 
 
@@ -49,7 +51,7 @@ def environment(version: str) -> str:
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"torch=={version}", "numpy"], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"torch==={version}", "numpy"], check=True)
         (folder / "ready").touch()
     return str(python)
 
@@ -60,15 +62,19 @@ def main() -> int:
     parser.add_argument("--python", action="append", help="an interpreter that has torch, instead of the versions made here")
     options = parser.parse_args()
     rows = []
-    for python in options.python or map(environment, VERSIONS):
+    for python in options.python or [sys.executable, *map(environment, VERSIONS)]:
         result = subprocess.run([python, "-c", CHECK, str(LIBRARY)], capture_output=True, text=True)
         if result.returncode:
             rows.append({"python": Path(python).name, "error": result.stderr.strip().splitlines()[-1]})
         else:
             rows.append(json.loads(result.stdout.strip().splitlines()[-1]))
         print(rows[-1], flush=True)
+    run = {(row["torch"].split("+")[0], "cuda" if row["cuda_build"] else "cpu") for row in rows if "torch" in row}
+    not_run = [f"{version} {build}" for version in VERSIONS for build in BUILDS if (version, build) not in run]
+    print("not run:", ", ".join(not_run) or "nothing")
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        result = {"library_bytes": LIBRARY.stat().st_size, "rows": rows, "not_run": not_run}
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(not all(row.get("cpu_results") and all(row["registered"].values()) for row in rows))
 
 
