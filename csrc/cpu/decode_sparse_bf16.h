@@ -79,7 +79,7 @@ template <class V, int M>
 struct TwoFourBf16Path : SparseBf16Path<V, M> {
   using Base = SparseBf16Path<V, M>;
   using Base::kChains, Base::R;
-  static constexpr int64_t kTiles = kStreams, kVisit = 1;
+  static constexpr int64_t kTiles = kStreams, kVisit = 1, kTurnBytes = turn_bytes(Values::bf16);
   static constexpr int kGroups = kTurnColumns / 4;  // of four columns, a line each
 
   __attribute__((always_inline)) static void multiply(const Weight&, int64_t, int64_t, int64_t turns, const uint8_t* p, const uint16_t* x, int64_t row,
@@ -90,10 +90,10 @@ struct TwoFourBf16Path : SparseBf16Path<V, M> {
     // Bytes 0 and 1, or 2 and 3, of every 32-bit lane in the low halves of its 16-bit lanes: places of even and of odd groups.
     const I to_even = _mm512_broadcast_i32x4(_mm_setr_epi32(0x80018000, 0x80058004, 0x80098008, 0x800d800c));
     const I to_odd = _mm512_broadcast_i32x4(_mm_setr_epi32(0x80038002, 0x80078006, 0x800b800a, 0x800f800e));
-    for (int64_t t = 0; t < turns; ++t, p += turn_bytes(Values::bf16), x += kTurnColumns) {
+    for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
       keep_pointer(x), keep_pointer(p);
 #pragma GCC unroll 18
-      for (int64_t b = 0; b < turn_bytes(Values::bf16); b += kLine) prefetch(p + b + kAhead);
+      for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kAhead);
       I places[2][R];
 #pragma GCC unroll 2
       for (int i = 0; i < R; ++i) {
