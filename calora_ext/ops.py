@@ -87,23 +87,27 @@ def runs_as(fmt: WeightFormat) -> WeightFormat:
     """The format in which the rung in use computes fastest what is stored in ``fmt``: that one, or the dense one of its codes.
 
     An unstructured weight needs vpexpandb (avx512-vnni). Without it, putting codes at their places takes a table look-up per 8
-    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight (not nf4, whose
-    scales are a tensor of their own).
+    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight. Sparse
+    nf4 has a kernel on no rung: each call would expand it. The reference rung runs every format as it is.
     """
-    if fmt.pattern == "unstructured" and fmt.values != "nf4" and native.isa() in ("avx2", "avx2-vnni", "avx512"):
-        return replace(fmt, pattern="dense")
-    return fmt
+    lacking = fmt.sparse and (fmt.values == "nf4" or (fmt.pattern == "unstructured" and native.isa() != "avx512-vnni"))
+    return replace(fmt, pattern="dense") if lacking and native.isa() != "reference" else fmt
 
 
 def expand(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
-    """A sparse weight as the ``packed`` tensor of the dense format of the same codes and scales: the same weights, bit for bit."""
+    """A sparse weight as the ``packed`` tensor of the dense format of the same codes and scales: the same weights, bit for bit,
+    and exactly 0 where none is kept. The ``scales`` of nf4 are the same tensor in both."""
     return torch.ops.calora.expand(packed, fmt.id, in_features, out_features, fmt.group_size)
 
 
 def as_it_runs(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> tuple[list[Tensor], WeightFormat]:
     """CPU tensors in ``fmt`` -> what :func:`linear` is fastest with, and its format (:func:`runs_as`)."""
     runs = runs_as(fmt)
-    return (packed, fmt) if runs is fmt else ([expand(packed, fmt, in_features, out_features)], runs)
+    if runs is fmt:
+        return packed, fmt
+    shared = dict(zip(fmt.tensors(in_features, out_features), packed, strict=True))
+    dense = {"packed": expand(packed, fmt, in_features, out_features)}
+    return [dense.get(name, shared.get(name)) for name in runs.tensors(in_features, out_features)], runs
 
 
 def tile_up(up: Tensor) -> Tensor:

@@ -196,12 +196,12 @@ Tensor decode_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   return out;
 }
 
-// The dense weight of the same codes and scales, (tiles, bytes of a tile): what is not kept gets the middle code, which is 0.
+// The dense weight of the same codes and scales, (tiles, bytes of a tile): what is not kept gets the code of 0. (nf4: codes
+// alone; its scales are the same tensor in every pattern.)
 Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
   STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
   const Weight w = weight_of(packed, format, in_features, out_features, group_size);
   STD_TORCH_CHECK(w.pattern != Pattern::dense, "calora: the weight is dense already");
-  STD_TORCH_CHECK(w.values != Values::nf4, "calora: nf4 weights are not expanded in place of the sparse ones");
 #ifdef CALORA_X86
   STD_TORCH_CHECK(std::strcmp(kernels().isa, kReference.isa) != 0, "calora: the reference rung expands no weights; choose another rung");
   const Geometry dense = geometry(Pattern::dense, w.values, in_features, out_features, group_size);
@@ -215,7 +215,7 @@ Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
         const uint8_t* from = t->w.packed + tile * t->w.g.tile_bytes + block * t->w.g.block_bytes;
         uint8_t* to = t->out + tile * t->dense.tile_bytes + block * t->dense.block_bytes;
         expand(t->w, tile, block, 0, columns, to);
-        std::memcpy(to + codes, from + t->w.g.block_bytes - kScaleBytes, static_cast<std::size_t>(t->dense.block_bytes - codes));
+        std::memcpy(to + codes, from + t->w.g.block_bytes - scale_bytes(t->w.values), static_cast<std::size_t>(t->dense.block_bytes - codes));
       }
   }, &task);
   return out;

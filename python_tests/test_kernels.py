@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from formats_table import FORMATS, SPARSE, pack
+from formats_table import FORMATS, SPARSE, mask_for, pack
 
 from calora_ext import CompressedLinear, WeightFormat, ops
 from calora_ext.formats import extent_of, nf4
@@ -147,7 +147,7 @@ def test_sparse_decode_of_every_m(rung, fmt, density):
             assert (y.double() - want).norm() <= tolerance * want.norm(), (m, in_, out, rank, dtype)
 
 
-@pytest.mark.parametrize("fmt", [f for f in SPARSE if f.values != "nf4"], ids=str)
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
 def test_expanding_gives_the_same_weights_densely(rung, fmt):
     if rung == "reference":
         pytest.skip("it expands nothing")
@@ -155,21 +155,24 @@ def test_expanding_gives_the_same_weights_densely(rung, fmt):
     dense_fmt = WeightFormat(fmt.values, fmt.group_size)
     for density in (0.0, 0.4, 1.0):
         packed = pack(fmt, torch.randn(out, in_, generator=torch.Generator().manual_seed(1)), density)
-        expanded = ops.expand(list(packed.values()), fmt, in_, out)
-        dense_fmt.check({"packed": expanded}, in_, out)
-        assert torch.equal(dense_fmt.decode({"packed": expanded}, in_, out), fmt.decode(packed, in_, out))
-        assert torch.equal(ops.decode([expanded], dense_fmt, in_, out), ops.decode(list(packed.values()), fmt, in_, out))
+        expanded = {"packed": ops.expand(list(packed.values()), fmt, in_, out)} | {name: t for name, t in packed.items() if name == "scales"}
+        dense_fmt.check(expanded, in_, out)
+        decoded = ops.decode(list(expanded.values()), dense_fmt, in_, out)
+        assert torch.equal(dense_fmt.decode(expanded, in_, out), fmt.decode(packed, in_, out))
+        assert torch.equal(decoded, ops.decode(list(packed.values()), fmt, in_, out))
+        assert not decoded[~mask_for(fmt, (out, in_), density)].any()
 
 
-@pytest.mark.parametrize("fmt", [f for f in SPARSE if f.pattern == "unstructured"], ids=str)
+@pytest.mark.parametrize("fmt", [f for f in SPARSE if f.pattern == "unstructured" or f.values == "nf4"], ids=str)
 def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
     weight = torch.randn(70, 100, generator=torch.Generator().manual_seed(1))
     tensors = pack(fmt, weight, 0.4)
     layer = CompressedLinear(100, 70, False, fmt, extent=extent_of({name: t.shape for name, t in tensors.items()}))
     layer.load_state_dict(tensors)
-    prefers_dense = rung in ("avx2", "avx2-vnni", "avx512") and fmt.values != "nf4"
+    prefers_dense = rung in ("avx2", "avx2-vnni", "avx512") or (fmt.values == "nf4" and rung != "reference")
     running, running_fmt = layer.running()
-    assert running_fmt.pattern == ("dense" if prefers_dense else "unstructured")
+    assert running_fmt.pattern == ("dense" if prefers_dense else fmt.pattern)
+    running_fmt.check(dict(zip(running_fmt.tensors(100, 70), running, strict=True)) if prefers_dense else tensors, 100, 70)
     assert ("runs as" in repr(layer)) == prefers_dense
     assert layer.running()[0][0] is running[0]  # made once
     assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())  # what is saved stays as it was
@@ -177,6 +180,9 @@ def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
         x = torch.randn(m, 100, generator=torch.Generator().manual_seed(m))
         want = in_float64(x, layer.decode(), torch.zeros(70), None, None, 0)
         assert (layer.fused(x, activations="exact").double() - want).norm() <= 3e-6 * want.norm()
+        if fmt.values != "bf16":
+            want = in_float64(x, met_by_int8(fmt, tensors, 70, 100), torch.zeros(70), None, None, 0, quantised_activations(x, fmt, 100))
+            assert (layer.fused(x, activations="int8").double() - want).norm() <= 3e-6 * want.norm()
     if prefers_dense:  # what a merge replaces keeps its address until the next call: another tensor there would pass for it
         replaced = weakref.ref(layer.packed)
         layer.packed = layer.packed.clone()

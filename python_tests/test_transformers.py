@@ -242,16 +242,17 @@ def test_shards_are_aligned_and_replace_each_other(tmp_path):
     assert torch.equal(logits(cx.load(tmp_path), "llama"), want)
 
 
-@pytest.mark.skipif("avx2" not in cx.ops.native.available(), reason="needs a rung that runs unstructured weights as dense ones")
-def test_unstructured_layers_that_run_as_dense_ones_are_announced(tmp_path, caplog):
+@pytest.mark.skipif("avx2" not in cx.ops.native.available(), reason="needs a rung that runs sparse weights as dense ones")
+@pytest.mark.parametrize("recipe", [{"sparsity": 0.6}, {"weights": "nf4", "sparsity": "2:4"}], ids=str)
+def test_sparse_layers_that_run_as_dense_ones_are_announced(recipe, tmp_path, caplog):
     model = dense("llama")
-    cx.compress(model, cx.Recipe(sparsity=0.6, lm_head=None, activations="exact"))
+    cx.compress(model, cx.Recipe(**recipe, lm_head=None, activations="exact"))
     model.save_pretrained(tmp_path)
     before = cx.ops.native.isa()
     cx.ops.native.set_isa("avx2")
     try:
         loaded = cx.load(tmp_path)
-        assert "14 unstructured layers run as dense weights, which are faster on avx2" in caplog.text
+        assert "14 sparse layers run as dense weights, which are faster on avx2" in caplog.text
         on_avx2 = logits(loaded, "llama")
         loaded.save_pretrained(tmp_path / "again")
     finally:

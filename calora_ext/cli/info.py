@@ -43,6 +43,7 @@ def machine_facts() -> dict[str, object]:
         "rungs": ops.native.available(),
         "rung chosen": ops.native.isa(),
         "unstructured weights run as": ops.runs_as(formats.WeightFormat(pattern="unstructured")).pattern + " weights",
+        "sparse nf4 weights run as": ops.runs_as(formats.WeightFormat("nf4", pattern="2:4")).pattern + " weights",
         "CALORA_ISA": os.environ.get("CALORA_ISA"),
         "threads": torch.get_num_threads(),
         "layout version": formats.LAYOUT_VERSION,

@@ -222,7 +222,7 @@ class CaloraQuantizer(HfQuantizer):
                 if module.bias is not None:
                     module.bias.requires_grad_(False)
         if expanded:
-            log.warning("%d unstructured layers run as dense weights, which are faster on %s: %s more memory", len(expanded), ops.native.isa(), format_bytes(sum(expanded)))
+            log.warning("%d sparse layers run as dense weights, which are faster on %s: %s more memory", len(expanded), ops.native.isa(), format_bytes(sum(expanded)))
         self.pre_quantized, self.planned, self.tied = True, {}, {}
         return model
 

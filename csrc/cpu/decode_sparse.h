@@ -113,7 +113,7 @@ void exact_tile(const LinearArgs& a, int64_t tile) {
 }
 
 // One tile, expanded as for prefill and multiplied as prefill does: nf4, and unstructured weights without vpexpandb (by table,
-// expand_avx2.cpp). Correct and slow.
+// expand_avx2.cpp). Correct and slow: layers run such weights expanded once (ops.runs_as).
 template <class V, int M, Values values>
 void expanded_tile(const LinearArgs& a, int64_t tile) {
   const Geometry& g = a.w.g;
