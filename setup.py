@@ -63,7 +63,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # Not build_temp, which is a new folder at every editable installation: what was compiled would be compiled again.
+        # Not build_temp, which is a new folder at every editable installation: what was compiled would be compiled
+        # again, and tests could not look at it.
         build = ROOT / "build" / "cmake" / sys.implementation.cache_tag
         build.mkdir(parents=True, exist_ok=True)
         configure = [
