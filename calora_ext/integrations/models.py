@@ -21,7 +21,7 @@ from ..compression.replace import compressed_modules
 from ..compression.report import Report
 from ..compression.residency import RESIDENT, Residency
 from ..errors import CaloraError
-from ..io import checkpoint
+from ..io import bitsandbytes, checkpoint
 from ..linear import CompressedLinear
 from ..policy import Coverage, features, plan
 from ..progress import progress
@@ -191,6 +191,9 @@ def _module(model: nn.Module, name: str, directory: Path) -> nn.Module:
 def load(directory: str | os.PathLike, **kwargs: Any) -> nn.Module:
     """Load a model directory, compressed or dense, with the class its config names; kwargs go to ``from_pretrained``.
 
+    An NF4 checkpoint of bitsandbytes (``load_in_4bit``) is repacked matrix by matrix: codes stay, scales are rounded to our 8 bits; what
+    does not fit stays dense, and is announced. quantization_config=None loads all of it dense, a :class:`CaloraConfig` in another format.
+
     Stricter than ``from_pretrained``: everything wrong with the directory is one CaloraError, and so is a tensor that
     the model needs and the files lack.
     """
@@ -201,7 +204,12 @@ def load(directory: str | os.PathLike, **kwargs: Any) -> nn.Module:
     auto = model_class(config, directory)
     check_depth(directory, config, len(headers))
     try:
-        model, info = auto.from_pretrained(directory, output_loading_info=True, **kwargs)
+        if bitsandbytes.is_checkpoint(config):
+            from .bitsandbytes import from_pretrained
+
+            model, info = from_pretrained(directory, build(directory, auto.from_config, torch.float32), headers, **kwargs)
+        else:
+            model, info = auto.from_pretrained(directory, output_loading_info=True, **kwargs)
     except CaloraError:
         raise
     except Exception as error:  # a damaged config can fail anywhere inside transformers

@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from ..compression.calibrate import find_blocks
 from ..compression.report import Report
 from ..compression.residency import Residency
 from ..errors import CaloraError
-from ..io import checkpoint
+from ..io import bitsandbytes, checkpoint
+from ..io.bitsandbytes import Lazy
 from ..io.outputs import output_directory
 from ..io.spool import ActivationSpool, TensorSpool
 from ..packed import PackedModule
@@ -88,7 +90,7 @@ def sizes(report: Report, directory: Path) -> list[tuple[str, str]]:
 
 
 class Streamed(Residency):
-    """A dense model directory as ``model``, whose blocks are on the meta device but for those that are entered."""
+    """A dense model directory, or a checkpoint of bitsandbytes, as ``model``, whose blocks are on the meta device but for those entered."""
 
     departs = True
 
@@ -100,11 +102,17 @@ class Streamed(Residency):
         self.entered: set[str] = set()
         self.finished: set[str] = set()
         config, headers = checkpoint.open_directory(source)
-        if config.get("quantization_config"):
+        if bitsandbytes.is_checkpoint(config):
+            self.tensors, _ = bitsandbytes.state_dict(headers)
+        elif config.get("quantization_config"):
             raise CaloraError(f"{source} is compressed already; start from the dense model")
+        else:
+            self.tensors = {key: Lazy(partial(header.tensor, key)) for key, header in headers.items()}
         make = model_class(config, source).from_config
         check_depth(source, config, len(headers))
-        self.model = build(source, make, _dtype(headers))
+        self.model = build(source, make, _dtype({key: header for key, header in headers.items() if key in self.tensors}))
+        if hasattr(self.model.config, "quantization_config"):
+            del self.model.config.quantization_config  # of bitsandbytes
         linear = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
         self.blocks = list(find_blocks(self.model, linear))
         self._refuse_ties()
@@ -113,7 +121,7 @@ class Streamed(Residency):
         self.loading = LoadStateDictConfig(
             pretrained_model_name_or_path=str(source), dtype=dtype, dtype_plan=self.model._get_dtype_plan(dtype), weight_mapping=transforms
         )
-        self.headers = self._by_block(headers, transforms)
+        self.names = self._by_block(transforms)
         self._load_rest()
         if max_memory is not None:
             self.model.get_input_embeddings().register_forward_hook(lambda module, args, out: self.hold([out]))
@@ -128,19 +136,19 @@ class Streamed(Residency):
                 if self.block_of(name):
                     raise CaloraError(f"{name} is tied to another weight, which needs the whole model in memory; load it and use cx.compress")
 
-    def _by_block(self, headers: dict[str, checkpoint.Header], transforms: list) -> dict[str, dict[str, checkpoint.Header]]:
-        """{block: {tensor in the files: header}}. Raises CaloraError where the files lack a tensor of a block."""
+    def _by_block(self, transforms: list) -> dict[str, list[str]]:
+        """{block: its tensors in the files}. Raises CaloraError where the files lack a tensor of a block."""
         state = self.model.state_dict()
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        found: dict[str, dict[str, checkpoint.Header]] = {block: {} for block in ("", *self.blocks)}
+        found: dict[str, list[str]] = {block: [] for block in ("", *self.blocks)}
         there, converted = set(), False
-        for key, header in headers.items():
+        for key in self.tensors:
             for steps in ((renamings, converters), ([], [])):
                 name, pattern = rename_source_key(key, *steps, self.model.base_model_prefix, state)
                 if name in state:
                     break
-            found[self.block_of(name)][key] = header
+            found[self.block_of(name)].append(key)
             there.add(name)
             converted |= pattern is not None
         lacking = [name for name in state if self.block_of(name) and name not in there]
@@ -172,7 +180,7 @@ class Streamed(Residency):
 
     def _read(self, block: str) -> Any:
         """Map the tensors of a block into the model; returns what transformers says of it."""
-        tensors = {key: header.tensor(key) for key, header in self.headers[block].items()}
+        tensors = {key: self.tensors[key][...] for key in self.names[block]}
         with quiet_loading():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, self.loading)
         if info.mismatched_keys:
