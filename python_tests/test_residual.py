@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 import zoo
-from adapt_helpers import compress, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from adapt_helpers import compress, make_bert, make_llama, make_lora, make_t5, make_tokenizer, text_of
 
 import calora_ext as cx
 from calora_ext import CaloraError
 from calora_ext.adaptation import Distill, Lora, Recovery, Settings
-from calora_ext.adaptation.residual import residual, root, truncated
+from calora_ext.adaptation.residual import TOKENS, residual, root, sample_batches, truncated
 from calora_ext.adapters import adapter_banks
 
 TEXTS = [text_of(400)]
@@ -52,6 +52,37 @@ def test_a_recovery_of_full_rank_gives_the_dense_model_back_untrained():
     assert (logits(model) - logits(dense)).norm() < 0.3 * lost
     cx.disable_adapters(model)
     assert torch.equal((logits(model) - logits(dense)).norm(), lost)
+
+
+def test_layers_outside_the_blocks_are_recovered_too():
+    """BERT's pooler, seen by the first token of every text."""
+    dense, model = make_bert(), compress(make_bert())
+    ids = torch.randint(4, 28, (8, 9), generator=torch.Generator().manual_seed(5))
+    ids[:, 0] = 1  # as every text of the tokenizer begins
+
+    def pooled(m):
+        with torch.no_grad():
+            return m.bert.pooler(hidden)
+
+    with torch.no_grad():
+        hidden = dense.bert(input_ids=ids).last_hidden_state
+    lost = (pooled(model) - pooled(dense)).norm()
+    data = [{"text": text_of(8, seed), "label": seed % 2} for seed in range(60)]
+    run(model, data=data, task="sequence-classification", teacher=dense, recovery=Recovery(rank=40, init="residual"), lora=Lora(rank=2))
+    assert (pooled(model) - pooled(dense)).norm() < 0.3 * lost
+
+
+def test_samples_are_run_as_they_begin_and_without_padding():
+    lengths = [5, 40, 7, 300, 6, 41, 600, 5] * 20
+    samples = [{"input_ids": 1000 * i + torch.arange(n)} for i, n in enumerate(lengths)]
+    batches = sample_batches(samples)
+    rows = {int(row[0]) // 1000: row for batch in batches for row in batch}
+    assert sum(map(len, batches)) == len(rows) and list(rows) != sorted(rows)
+    first = next(i for i in range(len(lengths)) if sum(lengths[:i]) >= TOKENS)
+    assert sorted(rows) == list(range(first))
+    for i, row in rows.items():
+        assert torch.equal(row, samples[i]["input_ids"][: len(row)])
+    assert sum(map(len, rows.values())) > 0.9 * sum(lengths[:first])
 
 
 def test_more_rank_leaves_less_of_the_residual():

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import adapter_banks
-from ..compression.calibrate import MIN_TOKENS, Gram, find_blocks, run_blocks, token_batches
+from ..compression.calibrate import MIN_TOKENS, Gram, Statistics, find_blocks, inputs_of, run_blocks
 from ..errors import CaloraError
+from ..evaluate import evaluating
 from ..io.batches import Sample
 from ..linear import CompressedLinear, dense_weight
 from ..lowrank import Factors
 from ..progress import progress
 
 TOKENS = 16384  # of the training data, at most, for the statistics of the inputs
+BATCH, CUT = 512, 1.25  # tokens in a forward pass of several samples; how much longer than the shortest of them one may be
 # e, the standard deviation of what enters the GELU: nearly linear is best where it stays, but U, which goes with 1 / e, then hardly moves
 # in training.
 UNTRAINED_BEND, TRAINED_BEND = 0.05, 0.25
@@ -47,14 +49,16 @@ def from_residual(
 
     student: compressed, with what it has of adapters active. teacher: the dense model. fresh: the branches as they are without this, D random
     and U = 0; rows that the residual does not need stay so. samples: their first 16384 tokens are run. bend: e, above. The best product of a rank is the
-    truncated SVD of (W - Ŵ) L over L⁻¹ x, where L Lᵀ is the second moment of x. Layers without a residual, without inputs,
-    or outside the model's blocks are left out. Raises CaloraError where the teacher has no such layer, and for fewer than 64 tokens.
+    truncated SVD of (W - Ŵ) L over L⁻¹ x, where L Lᵀ is the second moment of x. Layers without a residual or without inputs
+    are left out. Raises CaloraError where the teacher has no such layer, and for fewer than 64 tokens.
     """
-    blocks = find_blocks(student, [path for path in fresh if residual(student, teacher, path).any()])
+    lossy = [path for path in fresh if residual(student, teacher, path).any()]
+    blocks = find_blocks(student, lossy)
+    outside = sorted(set(lossy) - {path for members in blocks.values() for path in members})  # a pooler, an output head
     factors: dict[str, Factors] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def visit(block: str, inputs: dict[str, Gram]) -> None:
+    def visit(_: str | None, inputs: dict[str, Gram]) -> None:
         roots: dict[int, Tensor] = {}  # q, k and v share their inputs
         for path, gram in inputs.items():
             if not gram.squares.any():
@@ -69,13 +73,42 @@ def from_residual(
             factors[path] = Factors(down, up, start.scale)
         bar.update()
 
-    if blocks:
-        ids = torch.cat([sample["input_ids"] for sample in samples])[:TOKENS]
-        if len(ids) < MIN_TOKENS:
-            raise CaloraError(f'Recovery(init="residual") needs {MIN_TOKENS} tokens of data, got {len(ids)}; use init="zero"')
-        with progress(None, "residuals", "block", len(blocks)) as bar:
-            run_blocks(student, blocks, token_batches([ids], None, student.config), visit, changes=False)
+    if lossy:
+        batches = sample_batches(samples)
+        with progress(None, "residuals", "block", len(blocks) + bool(outside)) as bar:
+            if blocks:
+                run_blocks(student, blocks, batches, visit, changes=False)
+            if outside:
+                visit(None, _inputs(student, outside, batches))
     return factors
+
+
+def sample_batches(samples: list[Sample]) -> list[Tensor]:
+    """Token ids (sequences, length) of about the first 16384 tokens. Samples of similar length go together, cut to the shortest of
+    them, so that none is padded and each begins as in training: texts that were joined would show an encoder other inputs."""
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    if lengths.sum() < MIN_TOKENS:
+        raise CaloraError(f'Recovery(init="residual") needs {MIN_TOKENS} tokens of data, got {lengths.sum()}; use init="zero"')
+    count = int((lengths.cumsum(0) < TOKENS).sum()) + 1
+    batches: list[list[Tensor]] = []
+    for ids in sorted((sample["input_ids"] for sample in samples[:count]), key=len):
+        shortest = len(batches[-1][0]) if batches else 0
+        if len(ids) > CUT * shortest or (len(batches[-1]) + 1) * shortest > BATCH:
+            batches.append([])
+        batches[-1].append(ids)
+    return [torch.stack([ids[: len(batch[0])] for ids in batch]) for batch in batches]
+
+
+def _inputs(student: nn.Module, paths: list[str], batches: list[Tensor]) -> dict[str, Gram]:
+    """What enters layers that no block holds."""
+    statistics = Statistics({path: student.get_submodule(path) for path in paths})
+    try:
+        with evaluating(student), torch.no_grad():
+            for ids in batches:
+                student(**inputs_of(student, ids))
+    finally:
+        statistics.remove()
+    return statistics.of
 
 
 def residual(student: nn.Module, teacher: nn.Module, path: str) -> Tensor:
