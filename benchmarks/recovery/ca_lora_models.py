@@ -64,7 +64,7 @@ def _file(data: Path, split: str) -> Path:
 
 
 PROMPT, COMPLETION = 96, 32  # tokens
-T5_STEPS = 2500
+T5_STEPS = 1500
 
 
 def small_t5() -> Experiment:
@@ -88,7 +88,7 @@ def small_t5() -> Experiment:
     train, valid, test = (_windows("docs", split, tokenizer, middle=True) for split in ("train", "valid", "test"))
     return Experiment(
         "seq2seq-lm", f"T5 of 3 + 3 blocks, width 128, trained for {T5_STEPS} steps on the demo's texts", train, valid[:300], test[:600],
-        PROMPT + COMPLETION, 16, 400, 3e-3, False, make,
+        PROMPT + COMPLETION, 16, 300, 3e-3, False, make,
     )  # fmt: skip
 
 
