@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 from .errors import CaloraError
 from .io.batches import IGNORED, Batch, Sample, collate, token_stream
+from .loss import summed_cross_entropy
 from .progress import progress
 
 LONGEST_DEFAULT_WINDOW = 2048  # the usual one in the literature; a 128k context would need 60 GB of logits
@@ -155,9 +156,9 @@ def task_loss(model: nn.Module, batch: Batch, task: str, **options) -> tuple[Ten
     output = _forward(model, inputs, **options)
     logits = output.logits
     labels = labels.to(logits.device)
-    if task == "causal-lm":
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    loss = cross_entropy(logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORED, reduction="sum")
+    if task == "causal-lm":  # labels move, not logits: nothing follows the last position
+        labels = pad(labels[:, 1:], (0, 1), value=IGNORED)
+    loss = summed_cross_entropy(logits.flatten(0, -2), labels.flatten(), IGNORED)
     return loss, int((labels != IGNORED).sum()), output
 
 

@@ -145,7 +145,7 @@ class LowRankBank(nn.Module):
         if not names:
             bank = NO_BANK
         elif len(names) == 1:
-            bank = self._prepare(names[0])
+            bank = NO_BANK if names[0] == self._trained else self._prepare(names[0])
         else:
             bank = self._operands([self._resident[n] for n in names])
         if self._slots is not None:
@@ -193,8 +193,11 @@ class LowRankBank(nn.Module):
                 parameter = nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
                 self.register_parameter(f"{kind}_{suffix}", parameter)
                 parameters.append(parameter)
-        self.activate([name])
+            # Until training is finished only the shapes of what it started from are needed.
+            setattr(entry, kind, replace(branch, down=_shape_of(branch.down), up=_shape_of(branch.up)))
+        entry.ready = None
         self._trained, self._dropout = name, dropout
+        self.activate([name])
         return parameters
 
     def finish_training(self, name: str) -> None:
@@ -299,6 +302,11 @@ class LowRankBank(nn.Module):
 
     def extra_repr(self) -> str:
         return f"resident={self.names()}, active={list(self.active)}"
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """One of the same shape, dtype and device that takes no memory."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
 
 class _Slots:

@@ -22,6 +22,7 @@ from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS, VALUE_IDS, Geometry
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
+BACKWARD_ROWS = 128  # of x, at a time, in the bank's backward
 RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
 _LIBRARY = Path(__file__).parent / "lib" / "libcalora.so"
@@ -164,22 +165,32 @@ def _backward(ctx, grad):
     dx = torch.ops.calora.linear_dx(grad, packed, *ctx.layer) if need[0] else None
     d_down = d_up = None
     if down is not None:
-        tiled = up.dim() == 3
-        up_dtype, up = up.dtype, untile_up(up, grad.shape[-1]) if tiled else up
-        # The bank is small: fp32 throughout, whatever x is.
-        x2, g2 = x.reshape(-1, x.shape[-1]).float(), grad.reshape(-1, grad.shape[-1]).float()
-        t = x2 @ down.float().t()
-        active = gelu_rows(t, ctx.identity_rank)
-        if need[8]:
-            d_up = (g2.t() @ active).to(up_dtype)
-            d_up = tile_up(d_up) if tiled else d_up
-        dt = g2 @ up.float() * gelu_rows_derivative(t, ctx.identity_rank)
-        if need[7]:
-            d_down = (dt.t() @ x2).to(down.dtype)
-        if dx is not None:
-            dx = dx + (dt @ down.float()).to(dx.dtype).view_as(dx)
+        dx, d_down, d_up = _bank_backward(grad, x, down, up, ctx.identity_rank, dx)
+        d_down, d_up = d_down if need[7] else None, d_up if need[8] else None
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if need[6] else None
     return dx, [None] * len(packed), None, None, None, None, d_bias, d_down, d_up, None, None, None
+
+
+def _bank_backward(
+    grad: Tensor, x: Tensor, down: Tensor, up: Tensor, identity_rank: int, dx: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """dx (added to, in place), and the gradients of down and up. The bank is small: fp32 throughout, whatever x is, a few rows at a time
+    so that what is converted stays in the cache."""
+    D, U = down.float(), (untile_up(up, grad.shape[-1]) if up.dim() == 3 else up).float()
+    d_down, d_up = torch.zeros_like(D), torch.zeros_like(U)
+    rows = (tensor.reshape(-1, tensor.shape[-1]).split(BACKWARD_ROWS) for tensor in (x, grad) + (() if dx is None else (dx,)))
+    for x_rows, grad_rows, *dx_rows in zip(*rows, strict=True):
+        x_rows, grad_rows = x_rows.float(), grad_rows.float()
+        t = x_rows @ D.t()
+        d_up.addmm_(grad_rows.t(), gelu_rows(t, identity_rank))
+        dt = grad_rows @ U
+        if identity_rank < dt.shape[-1]:
+            dt *= gelu_rows_derivative(t, identity_rank)
+        d_down.addmm_(dt.t(), x_rows)
+        for piece in dx_rows:
+            piece += dt @ D
+    d_up = tile_up(d_up) if up.dim() == 3 else d_up
+    return dx, d_down.to(down.dtype), d_up.to(up.dtype)
 
 
 def gelu_rows(t: Tensor, identity_rank: int) -> Tensor:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from adapt_helpers import make_bert, make_classifier, make_llama, make_t5, make_tokenizer, text_of
 
-from calora_ext import CaloraError
+from calora_ext import CaloraError, loss
 from calora_ext.evaluate import accuracy, divergence, mean_loss, perplexity
-from calora_ext.io.batches import tokenize
+from calora_ext.io.batches import IGNORED, tokenize
 from calora_ext.io.data import Record
 
 
@@ -94,3 +94,20 @@ def test_mean_loss_of_responses_and_seq2seq():
                 total += model(input_ids=sample["input_ids"][None], labels=sample["labels"][None]).loss.item() * n
             count += n
         assert mean_loss(model, samples, task, 0, batch_size=2) == pytest.approx(total / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_summed_cross_entropy_is_that_of_torch(dtype, monkeypatch):
+    """In pieces that do not divide the rows, with ignored rows, and its gradient."""
+    monkeypatch.setattr(loss, "_PIECE", 1000)
+    draw = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(37, 301, generator=draw)).to(dtype).requires_grad_()
+    labels = torch.randint(0, 301, (37,), generator=draw)
+    labels[[0, 5, 36]] = IGNORED
+    found = loss.summed_cross_entropy(logits, labels, IGNORED)
+    (gradient,) = torch.autograd.grad(0.3 * found, logits)
+    exact = logits.detach().double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(exact, labels, ignore_index=IGNORED, reduction="sum")
+    (want_gradient,) = torch.autograd.grad(0.3 * want, exact)
+    torch.testing.assert_close(found.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), want_gradient, rtol=1e-5 if dtype == torch.float32 else 5e-3, atol=1e-7)

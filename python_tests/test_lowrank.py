@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from calora_ext import CaloraError, CompressedLinear, WeightFormat
+from calora_ext import CaloraError, CompressedLinear, WeightFormat, ops
 from calora_ext.lowrank import Factors, LowRankBank
 
 IN, OUT = 100, 70
@@ -223,3 +223,19 @@ def test_bad_branches_are_refused(layer):
         layer.bank.add("a", None, None)
     with pytest.raises(CaloraError, match="add it before"):
         layer.bank.train_adapter("a")
+
+
+def test_an_adapter_in_training_is_held_once():
+    """The factors that it started from leave no copy behind, in fp32 or as operands of inference, and come back at the end."""
+    bank = LowRankBank(40, 24)
+    bank.add("a", Factors(torch.randn(4, 40), torch.randn(24, 4), 2.0), None)
+    bank.activate(["a"])
+    bank.train_adapter("a")
+    entry = bank._resident["a"]
+    assert entry.ready is None and bank._bank == (None, None, 0)
+    assert [t.untyped_storage().nbytes() for t in (entry.lora.down, entry.lora.up)] == [4, 4] and entry.lora.rank == 4
+    with torch.no_grad():
+        bank.lora_B.add_(1.0)
+        want = 2.0 * bank.lora_B.clone()
+    bank.finish_training("a")
+    torch.testing.assert_close(ops.untile_up(bank.factors()[1], 24), want)
