@@ -211,7 +211,7 @@ def run_blocks(
     residency: told which block is needed, and what waits. observe: ``observe(block, hidden states)`` for every batch that enters one.
     Raises CaloraError if a block is never reached; what the model itself raises on the data becomes one too.
     """
-    left = set(blocks)
+    left, gone = set(blocks), set()
     forwards = {name: model.get_submodule(name).forward for name in blocks}
 
     def paused_forward(name: str) -> Callable:
@@ -232,7 +232,7 @@ def run_blocks(
                     raise _Stop
                 if not changes:
                     return output
-            if residency.departs and name != done:
+            if residency.departs and name in gone:
                 raise CaloraError(f"{name} runs twice in a forward pass, which needs the whole model in memory; load it and use cx.compress")
             return forwards[name](*args, **kwargs)
 
@@ -253,6 +253,7 @@ def run_blocks(
                 raise CaloraError(f"the forward pass on the calibration data does not reach {sorted(left)[0]}; leave calibration out")
             if done is not None:
                 residency.leave(done, finished=changes)
+                gone.add(done)
             (name,) = reached
             residency.enter(name)
             members = blocks[name] if statistic is not None else []

@@ -21,7 +21,7 @@ from .two_four import TwoFour
 from .values import VALUES, Quantized, dequantize
 
 PATTERNS = {p.name: p for p in (Dense, TwoFour, Bitmask)}
-CHUNK = 1 << 22  # weights that are rounded at a time
+CHUNK = 1 << 20  # weights that are rounded at a time
 
 __all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat", "extent_of"]
 

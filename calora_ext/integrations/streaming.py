@@ -110,7 +110,7 @@ class Streamed(Residency):
             self.tensors = {key: Lazy(partial(header.tensor, key)) for key, header in headers.items()}
         make = model_class(config, source).from_config
         check_depth(source, config, len(headers))
-        self.model = build(source, make, _dtype({key: header for key, header in headers.items() if key in self.tensors}))
+        self.model = build(source, make, _dtype(config, {key: header for key, header in headers.items() if key in self.tensors}))
         if hasattr(self.model.config, "quantization_config"):
             del self.model.config.quantization_config  # of bitsandbytes
         linear = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) or is_conv1d(m)]
@@ -276,8 +276,11 @@ def _trim() -> None:
         trim(0)
 
 
-def _dtype(headers: dict[str, checkpoint.Header]) -> torch.dtype:
-    """Of the first floating-point weight: the model's, where config.json names none."""
+def _dtype(config: dict[str, Any], headers: dict[str, checkpoint.Header]) -> torch.dtype:
+    """The model's as ``from_pretrained`` sees it: what config.json names, or that of the first floating-point weight."""
+    named = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
+    if isinstance(named, torch.dtype):
+        return named
     kept = (checkpoint.DTYPES[header.tensors[name].dtype] for name, header in headers.items())
     return next((dtype for dtype in kept if dtype.is_floating_point), torch.float32)
 
