@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench cuda-all abi-matrix clean
+.PHONY: demo test bench sanitize cuda-all abi-matrix clean
 
 demo: .venv/built
 	$(BIN)/calora demo
@@ -14,6 +14,12 @@ test: .venv/built
 
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks
+
+# Every CPU kernel on exactly sized buffers under AddressSanitizer and UndefinedBehaviorSanitizer. No torch in it; some minutes.
+sanitize: .venv/installed
+	$(BIN)/cmake -GNinja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -S csrc/tests -B build/sanitize
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/sanitize
 
 # Every architecture, one by one: time, size, spills. Needs nvcc, no GPU.
 cuda-all: .venv/built

@@ -1,0 +1,31 @@
+# add_cpu_kernels(target): the kernels that every processor runs, and the SIMD rungs, one object each with its own instruction
+# set; dispatch.cpp picks at load. Other machines build the reference rung alone.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(CALORA_X86 ON)
+  add_compile_definitions(CALORA_X86)
+endif()
+
+function(add_rung target name source)
+  add_library(rung_${name} OBJECT ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${source})
+  target_compile_options(rung_${name} PRIVATE ${ARGN})
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:rung_${name}>)
+endfunction()
+
+function(add_cpu_kernels target)
+  foreach(source linear dispatch reference scratch)
+    target_sources(${target} PRIVATE ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/${source}.cpp)
+  endforeach()
+  if(CALORA_X86)
+    set(AVX2 -mavx2 -mfma -mf16c)
+    set(AVX512 ${AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq)
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")  # GCC's own AVX-512 headers warn about their "undefined" operand
+      list(APPEND AVX512 -Wno-uninitialized -Wno-maybe-uninitialized)
+    endif()
+    add_rung(${target} expand expand_avx2.cpp ${AVX2})
+    add_rung(${target} avx2 avx2.cpp ${AVX2})
+    add_rung(${target} avx2_vnni avx2_vnni.cpp ${AVX2} -mavxvnni)
+    add_rung(${target} avx2_vnni_evex avx2_vnni.cpp ${AVX2} -mavx512vl -mavx512vnni -mprefer-vector-width=256 -DCALORA_EVEX)
+    add_rung(${target} avx512 avx512.cpp ${AVX512})
+    add_rung(${target} avx512_vnni avx512_vnni.cpp ${AVX512} -mavx512vnni -mavx512vbmi2 -mavx512bf16)
+  endif()
+endfunction()
