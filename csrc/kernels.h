@@ -93,7 +93,7 @@ struct LinearArgs {
   float* xf;              // exact: (m, g.columns) x in fp32, padding 0
   uint16_t* xb;           // exact decode with bf16 x: (m, g.columns) x as bf16, padding 0
   float* t;               // (m, rank) phi(x D^T), when rank > 0
-  float* from_bank;       // decode: (tiles, m, 32) t U^T, when rank > 0; row by row where a kernel computes more rows than m
+  float* sums;            // decode, when rank > 0: (tiles, m, 32) x W^T, which wait for the bank
 };
 
 // dx = grad W, for training: (m, out_features) x W -> (m, in_features). Both fp32 or both bf16, fp32 accumulation.

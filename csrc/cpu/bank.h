@@ -5,7 +5,7 @@
 namespace calora {
 namespace {
 
-constexpr int64_t kUpChunk = 16;  // ranks of a row-major U that are turned at once
+constexpr int64_t kUpChunk = 16;  // ranks of U that are multiplied at once
 
 // Into L2. always_inline: GCC takes a function that only prefetches for one without effects and deletes the call.
 __attribute__((always_inline)) inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
@@ -140,31 +140,28 @@ void up_ranks(const LinearArgs& a, const U* up, int64_t begin, int64_t end, type
 }
 
 template <class V, int M, class U>
-void up_tile(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+void up_tile(const LinearArgs& a, int64_t tile, int64_t begin, int64_t end, typename V::F (&acc)[M][V::kTileRegs]) {
   const auto* up = static_cast<const U*>(a.bank.up);
   const int64_t rank = a.bank.rank;
-  if (a.bank.tiled) return up_ranks<V, M>(a, up + tile * rank * kTileRows, 0, rank, acc);
+  if (a.bank.tiled) return up_ranks<V, M>(a, up + (tile * rank + begin) * kTileRows, begin, end, acc);
   // Row-major is what training holds; turning it costs a scalar load per element, which inference avoids by tiling once.
   const int64_t rows = a.w.out_features - tile * kTileRows < kTileRows ? a.w.out_features - tile * kTileRows : kTileRows;
-  for (int64_t r0 = 0; r0 < rank; r0 += kUpChunk) {
-    const int64_t r1 = r0 + kUpChunk < rank ? r0 + kUpChunk : rank;
-    alignas(64) U turned[kUpChunk * kTileRows] = {};
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t r = r0; r < r1; ++r) turned[(r - r0) * kTileRows + i] = up[(tile * kTileRows + i) * rank + r];
-    up_ranks<V, M>(a, turned, r0, r1, acc);
-  }
+  alignas(64) U turned[kUpChunk * kTileRows] = {};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t r = begin; r < end; ++r) turned[(r - begin) * kTileRows + i] = up[(tile * kTileRows + i) * rank + r];
+  up_ranks<V, M>(a, turned, begin, end, acc);
 }
 
-// t U^T for the 32 rows of a tile.
+// acc += t U^T for the 32 rows of a tile, ranks [begin, end): kUpChunk at most.
 template <class V, int M>
-void bank_up(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
-  if (a.bank.dtype == DType::f32) up_tile<V, M, float>(a, tile, acc);
-  else up_tile<V, M, uint16_t>(a, tile, acc);
+void bank_up(const LinearArgs& a, int64_t tile, int64_t begin, int64_t end, typename V::F (&acc)[M][V::kTileRegs]) {
+  if (a.bank.dtype == DType::f32) up_tile<V, M, float>(a, tile, begin, end, acc);
+  else up_tile<V, M, uint16_t>(a, tile, begin, end, acc);
 }
 
-// The end of every tile: acc + bias -> y, rounded once.
+// The end of every tile: acc + bias -> y, rounded once. Of M rows, those that exist.
 template <class V, int M, class Y, class B>
-void store_rows(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+void store_rows(const LinearArgs& a, int64_t tile, const typename V::F (&acc)[M][V::kTileRegs]) {
   const int64_t out = a.w.out_features;
 #pragma GCC unroll 4
   for (int i = 0; i < V::kTileRegs; ++i) {
@@ -175,6 +172,7 @@ void store_rows(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kT
     const auto b = !a.bias ? V::zero() : whole ? V::load(bias) : V::load_part(bias, left);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
+      if (m == a.m) break;
       Y* y = static_cast<Y*>(a.y) + m * out + n;
       const auto v = V::add(acc[m][i], b);
       if (whole) V::store(y, v);
@@ -184,7 +182,7 @@ void store_rows(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kT
 }
 
 template <class V, int M>
-void finish_tile(const LinearArgs& a, int64_t tile, typename V::F (&acc)[M][V::kTileRegs]) {
+void store_tile(const LinearArgs& a, int64_t tile, const typename V::F (&acc)[M][V::kTileRegs]) {
   const bool b32 = a.bias_dtype == DType::f32;
   if (a.x_dtype == DType::f32) {
     if (b32) store_rows<V, M, float, float>(a, tile, acc);

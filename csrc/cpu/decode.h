@@ -443,26 +443,52 @@ struct Runs {
   int64_t live(int64_t i) const { return i < length ? streams : longer; }  // runs that have an i-th tile: the first ones
 };
 
-// The bank's share of y, for all tiles before the base streams by: between the tiles its short pieces would let the stream
-// run dry. In fp32, (tiles, M, 32).
+// The end of a tile of the base, of M rows those that exist: y, or sums that wait for the bank.
 template <class V, int M>
-void bank_tiles(const LinearArgs& a, const Runs& runs) {
-  for (int64_t round = 0; round < runs.rounds(); ++round)
-    for (int64_t i = 0; i < runs.live(round); ++i) {
-      const int64_t tile = runs.tile(i, round);
-      typename V::F sum[M][V::kTileRegs];
-      clear(sum, V::zero());
-      bank_up<V, M>(a, tile, sum);
-      for (int m = 0; m < M; ++m)
-        for (int r = 0; r < V::kTileRegs; ++r) V::store(a.from_bank + (tile * M + m) * kTileRows + r * V::kLanes, sum[m][r]);
-    }
+void finish_tile(const LinearArgs& a, int64_t tile, const typename V::F (&acc)[M][V::kTileRegs]) {
+  if (!a.bank.rank) return store_tile<V, M>(a, tile, acc);
+  for (int64_t m = 0; m < M && m < a.m; ++m)
+    for (int i = 0; i < V::kTileRegs; ++i) V::store(a.sums + (tile * a.m + m) * kTileRows + i * V::kLanes, acc[m][i]);
 }
 
+// y = sums + t U^T + bias, for all tiles after the base has streamed by: between the tiles nearly every read would be a miss
+// that the stream stops for. The runs take turns with pieces of U, so that what was asked for 1 KB ahead has come.
 template <class V, int M>
-void load_bank(const LinearArgs& a, int64_t tile, typename V::F (&y)[M][V::kTileRegs]) {
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < V::kTileRegs; ++r)
-      y[m][r] = a.bank.rank ? V::load(a.from_bank + (tile * M + m) * kTileRows + r * V::kLanes) : V::zero();
+void bank_tiles(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
+  const Runs runs(tile_begin, tile_end);
+  const int64_t rank = a.bank.rank;
+  for (int64_t round = 0; round < runs.rounds(); ++round) {
+    const int64_t live = runs.live(round);
+    typename V::F y[kStreams][M][V::kTileRegs];
+    for (int64_t i = 0; i < live; ++i)
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < V::kTileRegs; ++r) y[i][m][r] = V::load(a.sums + (runs.tile(i, round) * M + m) * kTileRows + r * V::kLanes);
+    for (int64_t r = 0; r < rank; r += kUpChunk)
+      for (int64_t i = 0; i < live; ++i) bank_up<V, M>(a, runs.tile(i, round), r, r + kUpChunk < rank ? r + kUpChunk : rank, y[i]);
+    for (int64_t i = 0; i < live; ++i) store_tile<V, M>(a, runs.tile(i, round), y[i]);
+  }
+}
+
+// f(Rows<M>), so that the number of rows of x is a constant inside.
+template <int n> struct Rows { static constexpr int value = n; };
+template <class F>
+void with_rows(int64_t m, F f) {
+  static_assert(kDecodeRows == 8);
+  switch (m) {
+    case 1: return f(Rows<1>());
+    case 2: return f(Rows<2>());
+    case 3: return f(Rows<3>());
+    case 4: return f(Rows<4>());
+    case 5: return f(Rows<5>());
+    case 6: return f(Rows<6>());
+    case 7: return f(Rows<7>());
+    default: return f(Rows<8>());
+  }
+}
+
+template <class V>
+void bank_pass(const LinearArgs& a, int64_t begin, int64_t end) {
+  if (a.bank.rank) with_rows(a.m, [&](auto m) { bank_tiles<V, decltype(m)::value>(a, begin, end); });
 }
 
 template <class V, int M, class Path>
@@ -472,13 +498,12 @@ void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
   const int64_t steps = g.block_columns / Path::kStepColumns;
   const int64_t turn_steps = P == kStreams && G == V::kTileRegs && !Path::kShortTurns ? steps : kTurn;
   const Runs runs(tile_begin, tile_end);
-  if (a.bank.rank) bank_tiles<V, M>(a, runs);
   for (int64_t round = 0; round < runs.rounds(); ++round) {
     const int64_t live = runs.live(round);
     int64_t tile[kStreams];
     typename V::F y[kStreams][M][V::kTileRegs];
     for (int64_t i = 0; i < kStreams; ++i) tile[i] = runs.tile(i < live ? i : 0, round);  // a run that has ended repeats the first
-    for (int64_t i = 0; i < live; ++i) load_bank<V>(a, tile[i], y[i]);
+    for (int64_t i = 0; i < live; ++i) clear(y[i], V::zero());
     for (int64_t block = 0; block < g.blocks; ++block) {
       typename Path::Sums sum[kStreams];
       for (int64_t i = 0; i < kStreams; ++i) clear(sum[i], Path::none());
@@ -522,16 +547,7 @@ void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
 
 template <class V>
 void decode_tiles(const LinearArgs& a, int64_t begin, int64_t end) {
-  switch (a.m) {
-    case 1: return decode_m<V, 1>(a, begin, end);
-    case 2: return decode_m<V, 2>(a, begin, end);
-    case 3: return decode_m<V, 3>(a, begin, end);
-    case 4: return decode_m<V, 4>(a, begin, end);
-    case 5: return decode_m<V, 5>(a, begin, end);
-    case 6: return decode_m<V, 6>(a, begin, end);
-    case 7: return decode_m<V, 7>(a, begin, end);
-    default: return decode_m<V, 8>(a, begin, end);
-  }
+  with_rows(a.m, [&](auto m) { decode_m<V, decltype(m)::value>(a, begin, end); });
 }
 
 }  // namespace

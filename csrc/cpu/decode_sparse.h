@@ -19,51 +19,12 @@
 namespace calora {
 namespace {
 
-// Row m of the call alone, with the bank's share at its place.
-inline LinearArgs row_of(const LinearArgs& a, int64_t m) {
-  LinearArgs one = a;
-  one.m = 1;
-  one.y = static_cast<uint8_t*>(a.y) + m * a.w.out_features * (a.x_dtype == DType::f32 ? 4 : 2);
-  if (a.bank.rank) one.t = a.t + m * a.bank.rank, one.from_bank = a.from_bank + m * a.w.g.tiles * kTileRows;
-  return one;
-}
-
-// The bank's share of the rows that exist: as a dense weight's, or, where M is more than they are, row by row.
-template <class V, int M>
-void bank_rows(const LinearArgs& a, const Runs& runs) {
-  if (!a.bank.rank) return;
-  if (a.m == M) return bank_tiles<V, M>(a, runs);
-  for (int64_t m = 0; m < a.m; ++m) bank_tiles<V, 1>(row_of(a, m), runs);
-}
-
-// base, the bank's share and the bias -> y, of the rows that exist.
-template <class V, int M>
-void finish_rows(const LinearArgs& a, int64_t tile, const typename V::F (&base)[M][V::kTileRegs]) {
-  auto finish = [&](const LinearArgs& rows, auto& y, int64_t first) {
-    load_bank<V>(rows, tile, y);
-    for (auto& row : y) {
-      for (int i = 0; i < V::kTileRegs; ++i) row[i] = V::add(row[i], base[first][i]);
-      ++first;
-    }
-    finish_tile<V>(rows, tile, y);
-  };
-  if (a.m == M) {
-    typename V::F y[M][V::kTileRegs];
-    return finish(a, y, 0);
-  }
-  for (int64_t m = 0; m < a.m; ++m) {
-    typename V::F y[1][V::kTileRegs];
-    finish(row_of(a, m), y, m);
-  }
-}
-
 template <class V, int M, class Path>
 void stream_turns(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
   const Weight w = a.w;  // a copy: nothing that is stored here can change it
   const Geometry& g = w.g;
   const int64_t block_turns = g.block_columns / kTurnColumns, turn_bytes = code_bytes(w.pattern, w.values, kTurnColumns);
   const Runs runs(tile_begin, tile_end, Path::kTiles);
-  bank_rows<V, M>(a, Runs(tile_begin, tile_end));
   for (int64_t round = 0; round < runs.rounds(); ++round) {
     const int64_t live = runs.live(round);
     int64_t tile[Path::kTiles];
@@ -81,7 +42,7 @@ void stream_turns(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
       }
       for (int64_t i = 0; i < live; ++i) Path::end_block(a, block, packed[i] + at, sums[i], y[i]);
     }
-    for (int64_t i = 0; i < live; ++i) finish_rows<V, M>(a, tile[i], y[i]);
+    for (int64_t i = 0; i < live; ++i) finish_tile<V, M>(a, tile[i], y[i]);
   }
 }
 
@@ -109,7 +70,7 @@ void exact_tile(const LinearArgs& a, int64_t tile) {
     }
   typename V::F y[M][R];
   add_sums<V, M>(sums, y);
-  finish_rows<V, M>(a, tile, y);
+  finish_tile<V, M>(a, tile, y);
 }
 
 // One tile, expanded as for prefill and multiplied as prefill does: nf4, and unstructured weights without vpexpandb (by table,
@@ -127,7 +88,7 @@ void expanded_tile(const LinearArgs& a, int64_t tile) {
   }
   typename V::F y[M][V::kTileRegs];
   add_sums<V, M>(sums, y);
-  finish_rows<V, M>(a, tile, y);
+  finish_tile<V, M>(a, tile, y);
 }
 
 template <class V, int M, Values values>
@@ -136,7 +97,6 @@ void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
 #ifdef __AVX512VBMI2__
   stream_turns<V, M, MaskPath<V, M, values>>(a, begin, end);
 #else
-  bank_rows<V, M>(a, Runs(begin, end));
   for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, values>(a, tile);
 #endif
 }
@@ -144,8 +104,7 @@ void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
 template <class V, int M>
 void decode_sparse_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   if (a.activations == Activations::int8 && a.w.values == Values::nf4) {
-    bank_rows<V, M>(a, Runs(begin, end));
-    for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, Values::nf4>(a, tile);
+      for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, Values::nf4>(a, tile);
     return;
   }
   if (a.activations == Activations::int8) {
@@ -158,7 +117,6 @@ void decode_sparse_rows(const LinearArgs& a, int64_t begin, int64_t end) {
     return stream_turns<V, M, MaskBf16Path<V, M>>(a, begin, end);
   }
 #endif
-  bank_rows<V, M>(a, Runs(begin, end));
   for (int64_t tile = begin; tile < end; ++tile) exact_tile<V, M>(a, tile);
 }
 

@@ -1,7 +1,7 @@
 // The driver common to all rungs: lay out the workspace, then two parallel regions.
 //   1. rows of x are quantised (or widened) and t = phi(x D^T) is computed
-//   2. the packed base streams by; every tile adds bias and t U^T: while its accumulators are live, or, decoding, from a pass
-//      over U that comes first (bank_tiles in decode.h)
+//   2. the packed base streams by; every tile adds bias and t U^T: while its accumulators are live, or, decoding, in a pass
+//      over U that follows (bank_tiles in decode.h)
 // A region is opened only where its work pays for waking the pool. Partitions never change the order of a sum, so the
 // result does not depend on the number of threads. More than kMaxRows rows run in several passes, which bounds the workspace.
 #include "../kernels.h"
@@ -122,7 +122,7 @@ std::size_t plan(LinearArgs& a, uint8_t* workspace) {
   a.xf = int8 ? nullptr : carve.take<float>(rows * g.columns);
   a.xb = int8 || a.x_dtype != DType::bf16 || a.m > kDecodeRows ? nullptr : carve.take<uint16_t>(rows * g.columns);
   a.t = a.bank.rank ? carve.take<float>(rows * a.bank.rank) : nullptr;
-  a.from_bank = a.bank.rank && a.m <= kDecodeRows ? carve.take<float>(a.m * g.tiles * kTileRows) : nullptr;
+  a.sums = a.bank.rank && a.m <= kDecodeRows ? carve.take<float>(a.m * g.tiles * kTileRows) : nullptr;
   return carve.used();
 }
 

@@ -23,6 +23,7 @@ void units(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
   if (a.m > kDecodeRows) gemm_units<V>(a, unit_begin, unit_end);
   else if (a.w.pattern == Pattern::dense) decode_tiles<V>(a, unit_begin, unit_end);
   else decode_sparse<V>(a, unit_begin, unit_end);
+  if (a.m <= kDecodeRows) bank_pass<V>(a, unit_begin, unit_end);
 }
 
 // Sparse weights are expanded a piece of a tile at a time: element by element, the reference counts the bits before each.
