@@ -36,9 +36,9 @@ class LinearArgs(c.Structure):
                 ("w", PackedWeight), ("bank", LowRank)]  # fmt: skip
 
 
-def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, pattern: str | None = None) -> subprocess.Popen:
-    """Start compiling the kernels, of one pattern or of all, into folder/emulated.so. mutations: file name -> (text, replacement):
-    planted bugs; such a build has no fp16, which halves the time it takes."""
+def start(folder: Path, pattern: str, mutations: dict[str, tuple[str, str]] | None = None) -> subprocess.Popen:
+    """Start compiling the kernels of one pattern into folder/emulated.so. mutations: file name -> (text, replacement): planted
+    bugs; such a build has no fp16, which halves the time it takes."""
     shutil.copytree(ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
     shutil.copy(ROOT / "csrc" / "layouts.h", folder / "csrc")
     without_f16 = ("linear.cuh", ("case Dtype::f16: return by_values<P, Most, F16>(a, stream);", ""))
@@ -48,21 +48,26 @@ def start(folder: Path, mutations: dict[str, tuple[str, str]] | None = None, pat
         assert code.count(text) == 1, f"{name} has {code.count(text)} times: {text}"
         path.write_text(code.replace(text, replacement))
     flags = ["-std=c++17", "-O2" if mutations is None else "-O1", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-DCALORA_EMULATE", "-Wno-unknown-pragmas", "-I", str(Path(__file__).parent)]
-    files = [str(folder / "csrc" / "cuda" / f"{name}.cu") for name in (LAUNCHERS.values() if pattern is None else [LAUNCHERS[pattern]])]
-    files.append(str(folder / "csrc" / "cuda" / "bank.cu"))
+    files = [str(folder / "csrc" / "cuda" / f"{name}.cu") for name in (LAUNCHERS[pattern], "bank")]
     return subprocess.Popen([COMPILER, *flags, "-x", "c++", *files, "-o", str(folder / "emulated.so")], stderr=subprocess.PIPE, text=True)
 
 
-class Emulated:
-    """The launchers, on CPU tensors. Packed tensors are given in the canonical order and converted here."""
+def finish(build: subprocess.Popen) -> Path:
+    """The library that :func:`start` began to compile."""
+    errors = build.communicate()[1]
+    assert build.returncode == 0, errors
+    return Path(build.args[-1])
 
-    def __init__(self, build: subprocess.Popen) -> None:
-        errors = build.communicate()[1]
-        assert build.returncode == 0, errors
-        self.library = c.CDLL(build.args[-1])
+
+class Emulated:
+    """The launchers, on CPU tensors. Packed tensors are given in the canonical order and converted here. libraries: by pattern."""
+
+    def __init__(self, libraries: dict[str, Path]) -> None:
+        self.libraries = {pattern: c.CDLL(str(path)) for pattern, path in libraries.items()}
 
     def options(self, late_copies: bool = False, reverse: bool = False) -> None:
-        self.library.emulate_options(late_copies + 2 * reverse)
+        for library in self.libraries.values():
+            library.emulate_options(late_copies + 2 * reverse)
 
     def weight(self, packed: dict[str, Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> PackedWeight:
         ordered = {name: aligned(to_cuda_order(name, t, fmt, in_features, out_features, packed["packed"])) for name, t in packed.items()}
@@ -75,10 +80,11 @@ class Emulated:
     def linear(self, x: Tensor, packed, fmt: WeightFormat, out_features: int, bias=None, down=None, up=None, identity_rank=0, row_adapter=None) -> Tensor:
         """y, as the operator computes it: x padded where its rows are not 16-byte aligned, then bank_down, then the pattern's kernel."""
         m, in_features = x.shape
+        library = self.libraries[fmt.pattern]
         stride = -(-in_features // 8) * 8
         if stride != in_features:
             padded = aligned(torch.full((m, stride), float("nan"), dtype=x.dtype))
-            self.check(self.library.calora_cuda_copy_rows(c.c_void_p(padded.data_ptr()), c.c_int64(2 * stride), c.c_void_p(x.data_ptr()),
+            self.check(library.calora_cuda_copy_rows(c.c_void_p(padded.data_ptr()), c.c_int64(2 * stride), c.c_void_p(x.data_ptr()),
                                                           c.c_int64(2 * in_features), c.c_int64(m), None))  # fmt: skip
         else:
             padded = aligned(x)
@@ -94,14 +100,14 @@ class Emulated:
             args.bank = LowRank(down.data_ptr(), up.data_ptr(), None if row_adapter is None else row_adapter.data_ptr(), adapters,
                                 up.numel() // adapters, t.data_ptr(), DTYPES[down.dtype], rank, identity_rank,
                                 32 * rank, *((1, 32) if tiled else (rank, 1)))  # fmt: skip
-            self.check(self.library.calora_cuda_bank_down(c.byref(args), None))
-        self.check(getattr(self.library, f"calora_cuda_linear_{LAUNCHERS[fmt.pattern]}")(c.byref(args), None))
+            self.check(library.calora_cuda_bank_down(c.byref(args), None))
+        self.check(getattr(library, f"calora_cuda_linear_{LAUNCHERS[fmt.pattern]}")(c.byref(args), None))
         return y
 
     def decode(self, packed, fmt: WeightFormat, in_features: int, out_features: int, begin: int, end: int, dtype: torch.dtype) -> Tensor:
         out = aligned(torch.full((end - begin, in_features), float("nan"), dtype=dtype))
         weight = self.weight(packed, fmt, in_features, out_features)
-        launch = getattr(self.library, f"calora_cuda_decode_{LAUNCHERS[fmt.pattern]}")
+        launch = getattr(self.libraries[fmt.pattern], f"calora_cuda_decode_{LAUNCHERS[fmt.pattern]}")
         self.check(launch(c.byref(weight), c.c_int64(begin), c.c_int64(end), c.c_void_p(out.data_ptr()), c.c_int64(DTYPES[dtype]), None))
         return out
 

@@ -31,12 +31,13 @@ def tool(name: str) -> str | None:
 def compiled(tmp_path_factory):
     """(folder with a cubin of each source for sm_90, what ptxas said about each)."""
     folder = tmp_path_factory.mktemp("sm_90")
-    said = {}
-    for name in SOURCES:
+    said, builds = {}, {}
+    for name in SOURCES:  # side by side
         command = [NVCC, "-cubin", "-O3", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(folder / f"{name}.cubin")]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        said[name] = result.stdout + result.stderr
+        builds[name] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for name, build in builds.items():
+        said[name] = build.communicate()[0]
+        assert build.returncode == 0, said[name][-3000:]
     return folder, said
 
 

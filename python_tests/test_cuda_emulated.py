@@ -100,8 +100,15 @@ BUGS = {
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    return cuda_emulation.Emulated(cuda_emulation.start(tmp_path_factory.mktemp("cuda")))
+def libraries(tmp_path_factory) -> dict[str, Path]:
+    """The compiled kernels of each pattern."""
+    builds = {pattern: cuda_emulation.start(tmp_path_factory.mktemp("cuda"), pattern) for pattern in cuda_emulation.LAUNCHERS}
+    return {pattern: cuda_emulation.finish(build) for pattern, build in builds.items()}
+
+
+@pytest.fixture(scope="session")
+def kernels(libraries):
+    return cuda_emulation.Emulated(libraries)
 
 
 def layer(fmt, m, in_, out, rank, dtype, seed=0, bank_dtype=torch.float32):
@@ -221,11 +228,10 @@ def test_decode(kernels, fmt, dtype):
         assert torch.equal(decoded, fmt.decode(packed, in_, out)[begin:end].to(dtype))
 
 
-def test_nothing_is_read_or_written_beyond_the_tensors():
+def test_nothing_is_read_or_written_beyond_the_tensors(libraries):
     """Every buffer ends where an unmapped page begins; in a process of its own, which a stray access would kill."""
     code = """
-        import ctypes, mmap, sys, tempfile, torch
-        from pathlib import Path
+        import ctypes, mmap, sys, torch
         import cuda_emulation as ce
         from test_cuda_emulated import FORMATS, layer, pack
         libc = ctypes.CDLL(None)
@@ -242,7 +248,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors():
             start -= start % align
             return torch.frombuffer(area, dtype=torch.uint8, count=size, offset=start).view(t.dtype).view(t.shape).copy_(t)
         ce.aligned = guarded
-        kernels = ce.Emulated(ce.start(Path(tempfile.mkdtemp())))
+        kernels = ce.Emulated(dict(zip(ce.LAUNCHERS, sys.argv[1:])))
         for fmt in FORMATS:
             for m, in_, out, rank in ((1, 64, 32, 0), (5, 136, 40, 8), (20, 104, 64, 3), (64, 96, 33, 5)):
                 x, packed, bias, down, up = layer(fmt, m, in_, out, rank, torch.bfloat16)
@@ -262,7 +268,8 @@ def test_nothing_is_read_or_written_beyond_the_tensors():
                 kernels.decode(packed, fmt, in_, out, 0, out, torch.float32)
         print("done")
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
+    command = [sys.executable, "-c", textwrap.dedent(code), *(str(libraries[pattern]) for pattern in cuda_emulation.LAUNCHERS)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cuda_emulation.ROOT / "python_tests")
     assert result.stdout.strip() == "done", (result.returncode, result.stderr[-2000:])
 
 
@@ -298,8 +305,8 @@ def hunt(bugs: list[str], folder: Path) -> dict[str, bool]:
     for bug in bugs:
         while left and len(builds) < 3:
             name = left.pop(0)
-            builds[name] = cuda_emulation.start(folder / str(len(bugs) - len(left)), BUGS[name], pattern[name])
-        kernels = cuda_emulation.Emulated(builds.pop(bug))
+            builds[name] = cuda_emulation.start(folder / str(len(bugs) - len(left)), pattern[name], BUGS[name])
+        kernels = cuda_emulation.Emulated({pattern[bug]: cuda_emulation.finish(builds.pop(bug))})
         child = os.fork()
         if child == 0:
             os._exit(next(failures(kernels, pattern[bug]), None) is not None)
