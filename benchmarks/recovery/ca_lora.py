@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 
@@ -53,25 +54,23 @@ class Bench:
 
     def __init__(self, experiment: models.Experiment, work: Path, plan: dict) -> None:
         self.experiment, self.work, self.plan = experiment, work, plan
-        if not (self._model(DENSE) / "config.json").is_file():
-            experiment.make(self._model(DENSE))
+        _once(self._model(DENSE), experiment.make)
         self.tokenizer = open_tokenizer(self._model(DENSE))
         model = self._load(DENSE)
         self.pad_id = pad_id_of(model, self.tokenizer)
         self.samples = {split: self._samples(model, split) for split in ("train", "valid", "test")}
         self.inherited = work / f"inherited-{plan['lora_steps']}"
-        if not self.inherited.is_dir():
-            self._train_inherited(model)
+        _once(self.inherited, lambda directory: self._train_inherited(model, directory))
 
     def _samples(self, model: nn.Module, split: str) -> list[dict]:
         rows, e = getattr(self.experiment, split), self.experiment
         samples, _ = samples_of(model, self.tokenizer, rows, e.task, e.max_length, {})
         return samples if split == "train" else sorted(samples, key=lambda s: len(s["input_ids"]))  # less padding
 
-    def _train_inherited(self, model: nn.Module) -> None:
+    def _train_inherited(self, model: nn.Module, directory: Path) -> None:
         settings = self._settings(self.plan["lora_steps"], self.plan["lora_rate"], seed=0)
         self._adapt(model, settings, lora=Lora(rank=LORA_RANK), recovery=None, distill=None)
-        cx.save_adapter(model, "default", self.inherited)
+        cx.save_adapter(model, "default", directory)
 
     def run(self, base: str, arm: str, seed: int, rate: float | None) -> dict:
         """Losses on both splits, and what the training took."""
@@ -116,16 +115,25 @@ class Bench:
 
     def _load(self, base: str) -> nn.Module:
         """A model in fp32 arithmetic; a compressed one is made and saved first."""
-        directory = self._model(base)
-        if not directory.is_dir():
-            model, recipe = self._load(DENSE), cx.Recipe(**BASES[base])
-            calibration = [s["input_ids"] for s in self.samples["train"][:CALIBRATION]] if recipe.sparsity is not None else None
-            cx.compress(model, recipe, calibration)
-            model.save_pretrained(directory)
-        return cx.load(directory, dtype=torch.float32).eval()
+        if base != DENSE:
+            _once(self._model(base), lambda directory: self._compress(cx.Recipe(**BASES[base]), directory))
+        return cx.load(self._model(base), dtype=torch.float32).eval()
+
+    def _compress(self, recipe: cx.Recipe, directory: Path) -> None:
+        model = self._load(DENSE)
+        cx.compress(model, recipe, [s["input_ids"] for s in self.samples["train"][:CALIBRATION]] if recipe.sparsity is not None else None)
+        model.save_pretrained(directory)
 
     def _model(self, base: str) -> Path:
         return self.work / "models" / file_name(base)
+
+
+def _once(directory: Path, make: Callable[[Path], None]) -> None:
+    """Make a directory unless it is there; one that was interrupted is not."""
+    if not directory.is_dir():
+        unfinished = directory.with_name(directory.name + ".unfinished")
+        make(unfinished)
+        unfinished.rename(directory)
 
 
 def _size(directory: Path) -> int:
