@@ -52,7 +52,8 @@ def main() -> int:
             rows.append({"arch": f"sm_{arch}", "cpu_seconds": round(children_seconds() - start, 1), "kernels": kernels, "bytes": size, "spilled_bytes": spilled})
             print(rows[-1], flush=True)
             if options.out:
-                options.out.write_text(json.dumps({"nvcc": version, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+                not_run = [other for other in ARCHS if f"sm_{other}" not in [row["arch"] for row in rows]]
+                options.out.write_text(json.dumps({"nvcc": version, "rows": rows, "not_run": not_run}, indent=1) + "\n", encoding="utf-8")
     columns = [(r["arch"], f"{r['cpu_seconds']:.1f}", str(r["kernels"]), format_bytes(r["bytes"]), str(r["spilled_bytes"])) for r in rows]
     print(table(("architecture", "seconds", "kernels", "size", "spilled"), columns))
     return int(any(r["spilled_bytes"] for r in rows))
