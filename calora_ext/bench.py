@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from . import ops
 from .errors import CaloraError
-from .measure import copies_for, interleaved
+from .measure import copies_for, interleaved, last_level_cache
 from .recipe import Recipe
 
 DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("nf4", {}), ("int8", {}), ("bf16", {})))
@@ -28,7 +28,8 @@ Forward = Callable[..., Tensor]  # (x) or, where the LoRA is fused, (x, down, up
 
 @dataclass(frozen=True)
 class Row:
-    """One timing. rows: of x. rank: of the LoRA, 0 without one. isa: the rung of our kernels. nbytes: of the weight."""
+    """One timing. rows: of x. rank: of the LoRA, 0 without one. isa: the rung of our kernels. nbytes: of the weight. read: bytes a second
+    that reading memory and nothing else gave, in turns with the rows."""
 
     peer: str
     in_features: int
@@ -39,9 +40,20 @@ class Row:
     threads: int
     seconds: float
     nbytes: int
+    read: float
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of the weight a second."""
+        return self.nbytes / self.seconds
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions with every weight, kept or not; the LoRA's apart."""
+        return 2 * self.rows * self.in_features * self.out_features
 
     def to_dict(self) -> dict:
-        return {**asdict(self), "gigabytes_per_second": self.nbytes / self.seconds / 1e9}
+        return {**asdict(self), "gigabytes_per_second": self.bandwidth / 1e9}
 
 
 @dataclass(frozen=True)
@@ -80,13 +92,28 @@ def compare(
             down, up = torch.randn(rank, in_features).to(peer.dtype), torch.randn(out_features, rank).to(peer.dtype)
             up = ops.tile_up(up) if peer.fused else up
             calls[name, rank] = [partial(_with_lora, peer.fused, forward, x, down, up) for forward in copies]
+    probe = torch.ones(2 * last_level_cache(), dtype=torch.uint8)
     with torch.inference_mode():
-        times = interleaved(calls, seconds)
+        times = interleaved({**calls, "read": [partial(_read, probe)]}, seconds)
+    read = probe.nbytes / times.pop("read")
     return [
         Row(name, in_features, out_features, rows, r, ops.native.isa() if peers[name].fused else None,
-            torch.get_num_threads(), value, peers[name].nbytes)
+            torch.get_num_threads(), value, peers[name].nbytes, read)
         for (name, r), value in times.items()
     ]  # fmt: skip
+
+
+def fastest_product(seconds: float = 0.2) -> tuple[float, str]:
+    """Operations a second in the fastest of some matrix products that the caches hold, 512 x 1024 by 1024 x 1024, and its name: torch's
+    and ours on dense weights."""
+    rows = compare(1024, 1024, 512, 0, [Recipe(weights="int8"), Recipe(weights="bf16")], ["torch fp32", "torch bf16"], seconds)
+    fastest = min(rows, key=lambda row: row.seconds)
+    return fastest.operations / fastest.seconds, fastest.peer
+
+
+def _read(data: Tensor) -> None:
+    with rung(ops.native.available()[-1]):  # the machine's bandwidth, whatever rung is timed
+        torch.ops.calora.read(data)
 
 
 @contextmanager
@@ -112,7 +139,7 @@ def installed(in_features: int, out_features: int) -> dict[str, Callable[[Tensor
     }
     if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu") or in_features % 128 or out_features % 32:
         del there["torch int4 g128"]
-    if find_spec("bitsandbytes") is not None:
+    if find_spec("bitsandbytes") is not None and in_features % 64 == 0:  # else its CPU kernel fails, or takes the wrong scales
         there["bitsandbytes nf4"] = _bitsandbytes
     return there
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -31,7 +32,7 @@ def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6):
     yield axes
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=144)
+    figure.savefig(path, dpi=144, format="png")
 
 
 def size_bars(path: Path, title: str, sizes: Mapping[str, Mapping[str, int]]) -> None:
@@ -110,6 +111,40 @@ def error_map(path: Path, title: str, errors: Mapping[str, float]) -> None:
         axes.set_xticks(range(len(blocks)), [f"block {b}" for b in blocks])
         axes.set_yticks(range(len(kinds)), kinds)
         axes.spines[:].set_visible(False)
+
+
+def roofline(path: Path, title: str, points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: float, speed: float, product: str) -> None:
+    """name -> (operations per byte of the weight, operations a second) of each shape, under what the memory (bandwidth, bytes a second)
+    and the fastest product (speed, operations a second; product: its name) allow. Ours, named calora ..., are discs. The legend
+    says how much of its roof each reaches: the median over its shapes."""
+    with _figure(path, title, width=9, height=5.6 + 0.16 * (len(points) // 3)) as axes:
+        every = [point for shapes in points.values() for point in shapes]
+        edges = [min(x for x, _ in every) / 1.6, max(x for x, _ in every) * 1.6]
+        corner = speed / bandwidth
+        line = sorted({*edges, *([corner] if edges[0] < corner < edges[1] else [])})
+        roof = [min(x * bandwidth, speed) / 1e9 for x in line]
+        axes.plot(line, roof, color="black", linewidth=1.5, zorder=1)
+        text = f"roof: {bandwidth / 1e9:.1f} GB/s read from memory, {speed / 1e9:,.0f} GFLOP/s in the fastest product measured ({product})"
+        axes.set_title(text, loc="left", fontsize=9)
+        ours = [name for name in points if name.startswith("calora ")]
+        hues = [BLUE, ORANGE, GREEN, RED, "#56b4e9", "#cc79a7", "#f0e442", "#000000", GREY]
+        shades, shapes_of_others = {name: hues[i % len(hues)] for i, name in enumerate(ours)}, "s^vDP*X<>"
+        for i, (name, shapes) in enumerate(points.items()):
+            reached = sorted(y / min(x * bandwidth, speed) for x, y in shapes)[len(shapes) // 2]
+            marker = "o" if name in shades else shapes_of_others[(i - len(ours)) % len(shapes_of_others)]
+            look = {"color": shades[name], "edgecolors": "black", "linewidths": 0.4} if name in shades else {"facecolors": "none", "edgecolors": "#444444"}
+            axes.scatter([x for x, _ in shapes], [y / 1e9 for _, y in shapes], marker=marker, s=55, zorder=2, label=f"{name}: {100 * reached:.0f} %", **look)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xlim(edges)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        lowest, highest = min(y for _, y in every) / 1e9, max(*roof, *(y / 1e9 for _, y in every))
+        axes.set_ylim(2 ** math.floor(math.log2(lowest) - 0.1), 2 ** math.ceil(math.log2(highest) + 0.1))
+        axes.set_xlabel("operations per byte of the weight (every weight counts, kept or not)")
+        axes.set_ylabel("GFLOP/s")
+        axes.grid(color="#e5e5e5")
+        axes.set_axisbelow(True)
 
 
 def time_bars(path: Path, title: str, times: Mapping[str, tuple[float, float]]) -> None:

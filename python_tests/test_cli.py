@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig
 
 import calora_ext as cx
+from calora_ext import plots
 from calora_ext.adapters import add_adapter
 from calora_ext.cli import main
 from calora_ext.cli.common import write_text
@@ -460,14 +461,28 @@ def test_inspect_and_info_of_adapters(calora, world, tmp_path):
     assert len(calora("inspect", tmp_path / "recovery").json) == 2
 
 
-def test_bench(calora):
+def test_bench(calora, tmp_path):
     done = calora("bench", "--shapes", "96x64", "--rank", 4, "--seconds", 0.01, "--isa", "reference")
     ours = [row for row in done.json if row["isa"] == "reference"]
     assert {row["rank"] for row in ours} == {0, 4} and all(row["seconds"] > 0 for row in done.json)
     assert any(row["peer"] == "torch fp32" for row in done.json) and "96x64" in done.out
+    assert "of the read bandwidth" in done.out
+    refused(calora("bench", "--shapes", "96x64", "--plot", tmp_path / "roof.svg"), "ends in .png")
     refused(calora("bench", "--shapes", "96"), "OUTxIN")
     refused(calora("bench", "--shapes", "96x200000"), "131072")
     refused(calora("bench", "--shapes", "96x64", "--isa", "z80"), "z80")
+
+
+@pytest.mark.skipif(not plots.available(), reason="needs matplotlib")
+def test_bench_draws_a_roofline(calora, tmp_path, monkeypatch):
+    drawn, draw = {}, plots.roofline
+    monkeypatch.setattr(plots, "roofline", lambda path, title, points, *roof: drawn.update(points=points, roof=roof) or draw(path, title, points, *roof))
+    done = calora("bench", "--shapes", "96x64,64x96", "--rank", 0, "--seconds", 0.01, "--plot", tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").read_bytes()[:4] == b"\x89PNG" and [p.name for p in tmp_path.glob("*.png")] == ["roof.png"]
+    assert {row["peer"] for row in done.json} == set(drawn["points"]) and all(value > 0 for value in drawn["roof"][:2])
+    for row in done.json:
+        work = 2 * row["in_features"] * row["out_features"]
+        assert (work / row["nbytes"], work / row["seconds"]) in drawn["points"][row["peer"]]
 
 
 def test_usage_errors(calora, tmp_path):

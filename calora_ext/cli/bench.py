@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -26,12 +27,20 @@ def bench(
     rank: Annotated[int, typer.Option(min=0, help="Rank of the LoRA that is timed beside the bare layer.")] = 16,
     isa: Annotated[str | None, typer.Option(help="Rungs to time, separated by commas, or all.  [default: the one in use]")] = None,
     seconds: Annotated[float, typer.Option(min=0.01, help="Per peer and shape.")] = 0.5,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the timings without a LoRA under this machine's roofline, a PNG.")] = None,
     json_file: Json = None,
 ) -> None:
     """Time one layer in every format beside torch and what else is installed, without and with a LoRA."""
-    from .. import bench as timing
-    from .. import ops
+    import torch
 
+    from .. import bench as timing
+    from .. import ops, plots
+    from ..io.files import write_together
+
+    if plot is not None and plot.suffix != ".png":
+        raise CaloraError(f"--plot writes a PNG; name a file that ends in .png, not {plot.name!r}")
+    if plot is not None and not plots.available():
+        raise CaloraError("--plot needs matplotlib: pip install 'calora_ext[plots]'")
     chosen = [None] if isa is None else ops.native.available() if isa == "all" else isa.split(",")
     timings, sizes = [], _shapes(model, shapes)
     with progress(None, "Timing", "layer", len(sizes) * len(chosen)) as bar:
@@ -44,10 +53,22 @@ def bench(
                 bar.update()
     table = [
         (f"{t.out_features}x{t.in_features}", t.peer + (f" ({t.isa})" if t.isa else ""), t.rows, t.rank or "", f"{t.seconds * 1e6:,.1f}",
-         f"{t.nbytes / t.seconds / 1e9:.1f}")
+         f"{t.bandwidth / 1e9:.1f}", f"{100 * t.bandwidth / t.read:.0f} %")
         for t in timings
     ]  # fmt: skip
-    emit(("shape", "peer", "rows", "LoRA rank", "µs", "GB/s of weights"), table, [t.to_dict() for t in timings], json_file)
+    emit(("shape", "peer", "rows", "LoRA rank", "µs", "GB/s of weights", "of the read bandwidth"), table, [t.to_dict() for t in timings], json_file)
+    if plot is not None:
+        speed, product = timing.fastest_product()
+        read = median(t.read for t in timings)
+        points: dict[str, list[tuple[float, float]]] = {}
+        for t in timings:
+            if not t.rank:
+                name = t.peer + (f" ({t.isa})" if t.isa and len(chosen) > 1 else "")
+                points.setdefault(name, []).append((t.operations / t.nbytes, t.operations / t.seconds))
+        threads, isas = torch.get_num_threads(), dict.fromkeys(t.isa for t in timings if t.isa)
+        title = f"One linear layer, {rows} row{'s' if rows > 1 else ''} of x, {', '.join(isas)}, {threads} thread{'s' if threads > 1 else ''}: percent of the roof"
+        write_together(plot.parent, {plot.name: lambda path: plots.roofline(path, title, points, read, speed, product)})
+        print(f"\n{plot}")
 
 
 def _shapes(model: Path | None, shapes: str | None) -> list[tuple[int, int]]:
