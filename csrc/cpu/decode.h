@@ -1,6 +1,6 @@
 // Decode (M <= kDecodeRows): the packed weight streams by once and is multiplied as it comes.
 //
-//   kStreams runs of tiles, one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
+//   runs of tiles (kStreams of them, as a rule), one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
 //
 // A path says how long a step is (kStepBytes, kStepColumns) and how it is loaded and multiplied: IntPath (int8 activations), FloatPath (fp32), Bf16Path
 // (vdpbf16ps). All of them leave the scale to the end of the block, so that it costs one multiplication per block and row
@@ -119,6 +119,8 @@ struct IntPath {
   using Sums = Acc[M][V::kTileRegs];
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 4;
   static constexpr bool kShortTurns = !V::kVnni && values == Values::int4;
+  // As many runs as tiles are multiplied together, where arithmetic takes as long as memory: taking turns costs a fifth there.
+  static constexpr int64_t kRuns = V::kVnni && V::kLanes == 16 && pack_tiles<V, M>() == 2 ? 2 : kStreams;
   static Acc none() { return V::izero(); }
 
   template <int P, int G>
@@ -294,6 +296,7 @@ struct FloatPath {
   using Sums = Acc[M][V::kTileRegs];
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : values == Values::int8 ? 4 : 2;
   static constexpr bool kShortTurns = false;
+  static constexpr int64_t kRuns = kStreams;
   static Acc none() { return V::zero(); }
 
   // Column c of a step, of kLanes rows: the code minus its middle, as fp32.
@@ -373,6 +376,7 @@ struct Bf16Path {
   using Sums = Acc[M][V::kTileRegs];
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 2;
   static constexpr bool kShortTurns = false;
+  static constexpr int64_t kRuns = kStreams;
   static Acc none() { return V::zero(); }
   alignas(64) static constexpr uint16_t kCodes[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
@@ -433,7 +437,7 @@ struct Bf16Path {
 
 // ---- the stream -------------------------------------------------------------------------------------------------------
 
-// Tiles in kStreams runs, which are consecutive and differ in length by one at most: each streams on where it stopped.
+// Tiles in runs, which are consecutive and differ in length by one at most: each streams on where it stopped.
 struct Runs {
   int64_t begin, streams, length, longer;  // tiles; the first `longer` runs have one tile more than length
   Runs(int64_t tile_begin, int64_t tile_end, int64_t streams = kStreams)
@@ -494,24 +498,25 @@ void bank_pass(const LinearArgs& a, int64_t begin, int64_t end) {
 template <class V, int M, class Path>
 void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
   constexpr int G = group_regs<V, M>(), P = pack_tiles<V, M>();
+  constexpr int64_t kRuns = Path::kRuns;
   const Geometry& g = a.w.g;
   const int64_t steps = g.block_columns / Path::kStepColumns;
-  const int64_t turn_steps = P == kStreams && G == V::kTileRegs && !Path::kShortTurns ? steps : kTurn;
-  const Runs runs(tile_begin, tile_end);
+  const int64_t turn_steps = P == kRuns && G == V::kTileRegs && !Path::kShortTurns ? steps : kTurn;
+  const Runs runs(tile_begin, tile_end, kRuns);
   for (int64_t round = 0; round < runs.rounds(); ++round) {
     const int64_t live = runs.live(round);
-    int64_t tile[kStreams];
-    typename V::F y[kStreams][M][V::kTileRegs];
-    for (int64_t i = 0; i < kStreams; ++i) tile[i] = runs.tile(i < live ? i : 0, round);  // a run that has ended repeats the first
+    int64_t tile[kRuns];
+    typename V::F y[kRuns][M][V::kTileRegs];
+    for (int64_t i = 0; i < kRuns; ++i) tile[i] = runs.tile(i < live ? i : 0, round);  // a run that has ended repeats the first
     for (int64_t i = 0; i < live; ++i) clear(y[i], V::zero());
     for (int64_t block = 0; block < g.blocks; ++block) {
-      typename Path::Sums sum[kStreams];
-      for (int64_t i = 0; i < kStreams; ++i) clear(sum[i], Path::none());
+      typename Path::Sums sum[kRuns];
+      for (int64_t i = 0; i < kRuns; ++i) clear(sum[i], Path::none());
       if (a.w.scales)
         for (int64_t i = 0; i < live; ++i) prefetch(a.w.scale_codes(tile[i], block) + kScalesAhead);
       for (int64_t step = 0; step < steps; step += turn_steps) {
-        const uint8_t* codes[kStreams];
-        for (int64_t i = 0; i < kStreams; ++i)
+        const uint8_t* codes[kRuns];
+        for (int64_t i = 0; i < kRuns; ++i)
           codes[i] = a.w.packed + tile[i] * g.tile_bytes + block * g.block_bytes + step * Path::kStepBytes;
         for (int64_t i = 0; i < live; i += P) {
           const Turn turn{codes + i, block * g.block_columns + step * Path::kStepColumns, turn_steps};

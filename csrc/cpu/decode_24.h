@@ -46,8 +46,10 @@ struct TwoFourPath {
   // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
   static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
 
-  // Tiles side by side, and turns of a tile before the next has its turn: what streams best (benchmarks/NOTES.md).
-  static constexpr int64_t kTiles = kStreams, kVisit = values == Values::int4 ? 2 : 1;
+  // Tiles side by side, turns of a tile before the next has its turn, and how far ahead is asked for: what streams best. Far
+  // ahead where arithmetic takes longer than memory, which would be too much where it does not (benchmarks/NOTES.md).
+  static constexpr bool kFar = V::kVnni && (values == Values::int8 ? V::kLanes == 8 || M > 1 : V::kLanes == 16 && M == 4);
+  static constexpr int64_t kTiles = kStreams, kVisit = kFar == (values == Values::int8) ? 2 : 1, kTurnAhead = kFar ? 4096 : kAhead;
 
   struct Sums {
     I products[M][R], weights[R];
@@ -99,7 +101,7 @@ struct TwoFourPath {
     for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
       if (first == 0)
 #pragma GCC unroll 18
-        for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kAhead);
+        for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kTurnAhead);
       if constexpr (kSum16) start(true);
       keep_pointer(x), keep_pointer(p);
 #pragma GCC unroll 4
