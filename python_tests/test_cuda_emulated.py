@@ -330,6 +330,7 @@ def noticed(request, tmp_path_factory) -> dict[str, bool]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(1800)  # the first one waits for all of them
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_planted_bug_is_noticed(bug, noticed):
     assert noticed[bug]
