@@ -104,7 +104,7 @@ void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
 template <class V, int M>
 void decode_sparse_rows(const LinearArgs& a, int64_t begin, int64_t end) {
   if (a.activations == Activations::int8 && a.w.values == Values::nf4) {
-      for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, Values::nf4>(a, tile);
+    for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, Values::nf4>(a, tile);
     return;
   }
   if (a.activations == Activations::int8) {
