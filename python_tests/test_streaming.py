@@ -253,7 +253,7 @@ before = status("VmRSS")
 cx.compress_directory(root / "dense", root / "out", cx.Recipe(**recipe), calibration=data(count), max_memory=max_memory)
 print(status("VmHWM") - before)
 """
-WORK = 80e6  # bytes: weights are rounded and compared a million at a time, whatever the layer's size
+WORK = 25e6  # bytes: weights are rounded and compared a million at a time, whatever the layer's size
 
 
 def peak(tmp_path, *arguments):

@@ -7,7 +7,6 @@ mapped when its turn comes, written as soon as they are packed, and given up. Th
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 
+from .. import heap
 from ..card import model_card
 from ..compression.calibrate import find_blocks
 from ..compression.report import Report
@@ -65,7 +65,7 @@ def compress_directory(
     source, output = Path(source), Path(output)
     if max_memory is not None and (isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 0):
         raise CaloraError(f"max_memory must be a number of bytes, got {max_memory!r}")
-    with output_directory(output, overwrite, keep=[source]) as directory:
+    with heap.frugal(), output_directory(output, overwrite, keep=[source]) as directory:
         text = calibration is not None and any(isinstance(item, str) for item in calibration)
         tokenizer = open_tokenizer(source) if text or has_tokenizer(source) else None
         streamed = Streamed(source, directory, max_memory)
@@ -223,7 +223,7 @@ class Streamed(Residency):
 
     def rest(self) -> None:
         self.activations.rest()
-        _trim()
+        heap.trim()
 
     def grouped(self, names: Iterable[str], finished: bool) -> Iterator[list[str]]:
         groups: dict[str, list[str]] = {}
@@ -267,13 +267,6 @@ class Streamed(Residency):
             (directory / checkpoint.INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         self.written.close()
         checkpoint.finish_save(directory)
-
-
-def _trim() -> None:
-    """Give free memory back: glibc keeps most of what tensors of a few megabytes took, of every thread apart."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _dtype(config: dict[str, Any], headers: dict[str, checkpoint.Header]) -> torch.dtype:
