@@ -17,7 +17,7 @@ from transformers import LlamaForSequenceClassification, Qwen2Config, Qwen2ForCa
 import calora_ext as cx
 from calora_ext import CaloraError, CompressedLinear, Recipe, WeightFormat, compress
 from calora_ext.adapters import adapter_banks, add_adapter, base_only
-from calora_ext.io.peft_adapter import LoraAdapter, is_target, read_adapter, write_adapter
+from calora_ext.io.peft_adapter import KNOWN_KEYS, SEMANTIC_KEYS, LoraAdapter, is_target, read_adapter, write_adapter
 from calora_ext.lowrank import Factors
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -408,6 +408,8 @@ SEMANTIC = {"use_dora": True, "use_qalora": True, "layer_replication": [[0, 1]],
     ("change", "message"),
     [
         *[({key: value}, key) for key, value in SEMANTIC.items()],
+        ({"use_something_new": True}, "use_something_new, which this version does not know"),
+        ({"something_new_config": {"a": 1}}, "something_new_config, which this version does not know"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base"),
         ({"r": 0}, "positive integer"),
@@ -435,14 +437,20 @@ def test_configs_that_are_refused(tmp_path, good, change, message):
     assert cx.list_adapters(small) == []
 
 
-def test_unknown_config_keys_are_tolerated_and_kept(tmp_path, good):
+def test_what_other_tools_note_in_the_config_is_said_and_kept(tmp_path, good):
     shutil.copytree(good, tmp_path / "a")
     config = json.loads((good / "adapter_config.json").read_text()) | {"from_the_future": {"x": 1}}
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     small = compressed(llama())
-    cx.load_adapter(small, tmp_path / "a", "a")
+    with pytest.warns(UserWarning, match="sets from_the_future, which is ignored"):
+        cx.load_adapter(small, tmp_path / "a", "a")
     cx.save_adapter(small, "a", tmp_path / "b")
     assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["from_the_future"] == {"x": 1}
+
+
+def test_what_peft_writes_is_known():
+    written = set(LoraConfig().to_dict())
+    assert written <= {*KNOWN_KEYS, *SEMANTIC_KEYS}
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."

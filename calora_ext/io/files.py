@@ -65,7 +65,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes().decode())
     except OSError as error:
-        raise CaloraError(f"{path} cannot be read: {error.strerror or error}") from None
+        hint = "name the directory that holds it" if path.parent.is_dir() else f"there is no directory {path.parent}"
+        raise CaloraError(f"{path} cannot be read: {error.strerror or error}; {hint}") from None
     except (ValueError, RecursionError) as error:
         raise CaloraError(f"{path} is not valid JSON ({error}); copy it again") from None
     if not isinstance(value, dict):

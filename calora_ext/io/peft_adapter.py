@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,14 @@ SEMANTIC_KEYS = (
     "use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens", "velora_config",
     "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices", "ensure_weight_tying", "megatron_config",
 )  # fmt: skip
+# Keys of PEFT 0.21 that are read here, or that change nothing at inference.
+KNOWN_KEYS = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout",
+    "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_rslora",
+)  # fmt: skip
+_VARIANT = re.compile(r"use_.*|.*_config")  # how PEFT names what makes another method of a LoRA
 # Initialisations that also change the base weight: the adapter means nothing without that changed base.
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -173,6 +182,11 @@ def check_config(config: dict, where: object) -> None:
     for key in SEMANTIC_KEYS:
         if config.get(key):
             raise CaloraError(f"{where}: the adapter sets {key}, which is not supported; only plain LoRA is")
+    unknown = [key for key, value in config.items() if value and key not in KNOWN_KEYS]
+    for key in filter(_VARIANT.fullmatch, unknown):  # of a later PEFT; what other tools note down, such as unsloth_fixed, is only said
+        raise CaloraError(f"{where}: the adapter sets {key}, which this version does not know and which may change what it computes; only plain LoRA is supported")
+    if unknown:
+        warnings.warn(f"{where}: {CONFIG_NAME} sets {', '.join(unknown)}, which is ignored", stacklevel=3)
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise CaloraError(
