@@ -16,10 +16,16 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from torch import nn
 
 import calora_ext as cx
+from calora_ext import plots
 from calora_ext.adaptation import Lora, Settings
+from calora_ext.adaptation.loop import train
+from calora_ext.adaptation.objective import Objective
+from calora_ext.adaptation.run import samples_of
 from calora_ext.demo import ASSETS
+from calora_ext.evaluate import pad_id_of
 from calora_ext.integrations.directories import open_tokenizer, quiet_loading
 from calora_ext.io.batches import token_stream
 from calora_ext.io.data import read_records
@@ -31,7 +37,8 @@ ONE_SHOT = {"prunings": 1}
 UNIFORM = {"ranks": "uniform", "rank_growth": 0.0}
 PUBLISHED = {"rates": "rmi"}
 
-# name: (what is done, its options). "prune": cx.compress. "lora": that, then cx.adapt without merging. "losa": cx.sparse_adapt.
+# name: (what is done, its options). "prune": cx.compress. "lora": that, then cx.adapt without merging. "full": that, then every kept weight
+# is trained under its mask. "losa": cx.sparse_adapt.
 ARMS = {
     "dense": ("dense", {}),
     "dense + LoRA": ("dense", {"train": True}),
@@ -42,6 +49,7 @@ ARMS = {
     "SparseGPT, arithmetic rates": ("prune", {"pruner": "sparsegpt", "rates": "arithmetic"}),
     "Wanda + unmerged LoRA": ("lora", {"pruner": "wanda"}),
     "SparseGPT + unmerged LoRA": ("lora", {"pruner": "sparsegpt"}),
+    "SparseGPT, masked full fine-tuning": ("full", {"pruner": "sparsegpt"}),
     "Wanda, masked LoRA, uniform": ("losa", {"pruner": "wanda", **ONE_SHOT, **UNIFORM}),
     "SparseGPT, masked LoRA, uniform": ("losa", {**ONE_SHOT, **UNIFORM}),
     "LoSA as published, Wanda": ("losa", {"pruner": "wanda", **PUBLISHED}),
@@ -83,13 +91,15 @@ class Bench:
             disable_tqdm=True,
         )  # fmt: skip
         shared = {"data": self._file("train"), "tokenizer": self.tokenizer, "max_length": WINDOW, "args": settings}
-        if kind in ("prune", "lora"):
+        if kind in ("prune", "lora", "full"):
             recipe = cx.Recipe(weights="bf16", sparsity=sparsity, lm_head=None, **options)
             calibration = None if options["pruner"] == "magnitude" else self.calibration
             found["sparsity"] = cx.compress(model, recipe, calibration=calibration).outcome.sparsity
         if kind == "lora" or options.get("train"):
             lora = Lora(rank=RANK, targets="all" if kind == "lora" else ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
             cx.adapt(model, lora=lora, recovery=None, distill=None, **shared)
+        elif kind == "full":
+            model = self._trained_whole(model, settings)
         elif kind == "losa":
             uniform = isinstance(sparsity, str)
             rates = options.pop("rates", "uniform")
@@ -97,15 +107,30 @@ class Bench:
             result = cx.sparse_adapt(model, recipe=recipe, rank=RANK, calibration=self.calibration, **options, **shared)
             found |= {"sparsity": result.sparsity, "ranks": [row["mean_rank"] for row in result.phases], "peak_rss_bytes": result.peak_rss_bytes}
         seconds = time.monotonic() - began
-        if kind != "dense":
+        if kind not in ("dense", "full"):
             cx.set_activations(model, "exact")
         losses = {split: cx.perplexity(model, self.tokenizer, getattr(self, split), WINDOW).loss for split in ("test", "valid")}
         return {"arm": arm, "pruned": str(sparsity), "seed": seed, "learning_rate": rate, **losses, "seconds": round(seconds, 1), **found}
 
+    def _trained_whole(self, sparse: nn.Module, settings: Settings) -> nn.Module:
+        """A dense model with the weights of a sparse one, all that are kept trained as fp32, then rounded to bf16."""
+        model = cx.load(ASSETS / "base", dtype=torch.float32).requires_grad_(False)
+        weights = {}
+        for name, layer in sparse.named_modules():
+            if isinstance(layer, cx.CompressedLinear):
+                weights[name] = weight = model.get_submodule(name).weight
+                weight.copy_(layer.decode())
+                weight.requires_grad_().register_hook(lambda grad, kept=weight != 0: grad * kept)  # AdamW then leaves a 0 as it is
+        samples, _ = samples_of(model, self.tokenizer, self._file("train"), "causal-lm", WINDOW, {})
+        train(model.train(), weights, samples, Objective("causal-lm", None), None, settings, pad_id_of(model, self.tokenizer), {})
+        for weight in weights.values():
+            weight.data = weight.bfloat16().float()
+        return model.eval()
+
 
 def trains(arm: str) -> bool:
     kind, options = ARMS[arm]
-    return kind in ("lora", "losa") or bool(options.get("train"))
+    return kind in ("lora", "losa", "full") or bool(options.get("train"))
 
 
 def main() -> None:
@@ -119,7 +144,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64, help="of held-out text")
     parser.add_argument("--calibration", type=int, default=64, help="windows of training text to prune with")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report", action="store_true", help="run nothing: write tables and pictures of --out beside it")
     options = parser.parse_args()
+    if options.report:
+        report(options.out)
+        return
     plan = {name: getattr(options, name) for name in ("steps", "batch_size", "windows", "calibration")} | {"rank": RANK, "window": WINDOW}
     stored = json.loads(options.out.read_text()) if options.out.exists() else {"plan": plan, "runs": []}
     if stored["plan"] != plan:
@@ -144,8 +173,28 @@ def main() -> None:
                 best = min(rates, key=lambda rate, arm=arm, s=sparsity: run(arm, s, options.seeds[0], rate)["valid"])
                 for seed in options.seeds[1:] if trains(arm) else []:
                     run(arm, sparsity, seed, best)
+    print(tables(runs))
+
+
+COLUMNS = ("arm", "loss", "sd", "seeds", "learning rate", "seconds")
+
+
+def tables(runs: list[dict]) -> str:
+    return "\n\n".join(f"sparsity {s}\n\n{table(COLUMNS, summary(runs, s))}" for s in dict.fromkeys(r["pruned"] for r in runs))
+
+
+def report(path: Path) -> None:
+    """The tables as Markdown beside the JSON, and a picture per sparsity."""
+    stored = json.loads(path.read_text())
+    plan, runs = stored["plan"], stored["runs"]
+    text = (f"docs-test, nats per token, mean and sd over seeds; {plan['steps']} steps of {plan['batch_size']} x {plan['window']} tokens, mean rank {plan['rank']}, "
+            f"{plan['calibration']} x {plan['window']} tokens to prune with, bf16 weights.")  # fmt: skip
+    path.with_suffix(".md").write_text(f"# LoSA and its parts on the demo model\n\n{text}\n\n{tables(runs)}\n", encoding="utf-8")
+    dense = {row[0]: float(row[1]) for s in dict.fromkeys(r["pruned"] for r in runs) for row in summary(runs, s) if row[0].startswith("dense")}
     for sparsity in dict.fromkeys(r["pruned"] for r in runs):
-        print(f"\nsparsity {sparsity}\n{table(('arm', 'loss', 'sd', 'seeds', 'learning rate', 'seconds'), summary(runs, sparsity))}")
+        rows = [row for row in summary(runs, sparsity) if not row[0].startswith("dense")]
+        dots = [(name, float(loss), float(sd or 0), name.startswith("LoSA")) for name, loss, sd, *_ in rows]
+        plots.loss_dots(path.with_name(f"{path.stem}-{sparsity.replace(':', '-')}.png"), f"sparsity {sparsity}: held-out loss, mean ± sd of the seeds", dots, dense)
 
 
 def summary(runs: list[dict], sparsity: str) -> list[tuple]:
