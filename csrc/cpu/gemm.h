@@ -16,6 +16,7 @@
 namespace calora {
 namespace {
 
+constexpr int64_t kCodesAhead = 4096;     // bytes, on the way of int8 activations
 constexpr int64_t kPrefetchBytes = 8192;  // of a block; longer ones are streams of their own
 
 template <int n> struct PanelRows { static constexpr int value = n; };
@@ -129,9 +130,9 @@ template <class V, Values values, bool zeros, int R>
 void add_int8(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   const Geometry& g = a.w.g;
   for (int64_t b = 0; b < g.blocks; ++b) {
-    const Block w = block_of<V>(a.w, tile, b);
-    prefetch_block(g, w);
-    for (int64_t i = 0; i < u.count; ++i) {
+    Block w = block_of<V>(a.w, tile, b);
+    w.ahead = a.w.pattern == Pattern::dense ? kCodesAhead : 0;
+    for (int64_t i = 0; i < u.count; ++i, w.ahead = 0) {  // later panels find the codes in L1
       const int64_t panel = u.first + i, at = (panel * g.blocks + b) * R;
       int_panel<V, values, zeros, R>(w, a.xq + (panel * g.columns + b * g.block_columns) * R, a.x_scale + at, a.x_sum + at, u.panel(i));
     }

@@ -48,11 +48,14 @@ CALORA_INLINE void int_step(typename V::I (&acc)[RS][2], typename V::I w0, typen
   }
 }
 
-// Columns of 4-bit codes: both nibbles of a byte.
+// Columns of 4-bit codes: both nibbles of a byte. What lies `ahead` bytes on is asked for step by step: a burst of prefetches is
+// served in part only. (int8, whose blocks are whole rows, is a stream that the processor follows: asking slows it down.)
 template <class V, Values values, int RS, int R>
-CALORA_INLINE void nibble_dots(const uint8_t* codes, const int8_t* x, int64_t columns, typename V::I (&acc)[RS][2]) {
+CALORA_INLINE void nibble_dots(const uint8_t* codes, const int8_t* x, int64_t columns, int64_t ahead, typename V::I (&acc)[RS][2]) {
   auto nibbles = [](typename V::I v) __attribute__((always_inline)) { return multipliers<V, values>(V::iand(v, V::iset1_8(15))); };
   for (int64_t k = 0; k < columns; k += 8, codes += 128, x += 8 * R) {
+    _mm_prefetch(reinterpret_cast<const char*>(codes + ahead), _MM_HINT_T0);
+    if constexpr (V::kBytes == 64) _mm_prefetch(reinterpret_cast<const char*>(codes + ahead + 64), _MM_HINT_T0);
     const auto p0 = V::iload(codes), p1 = V::iload(codes + V::kBytes);
     int_step<V, kSum32<V, values>, RS>(acc, nibbles(p0), nibbles(p1), x);
     int_step<V, kSum32<V, values>, RS>(acc, nibbles(V::template shr16<4>(p0)), nibbles(V::template shr16<4>(p1)), x + 4 * R);
@@ -90,6 +93,7 @@ CALORA_INLINE void add_int16_dots(int32_t (*sums)[2 * V::kLanes], short times, D
 struct Block {
   const uint8_t* codes;
   int64_t columns;
+  int64_t ahead = 0;  // bytes behind the codes that are multiplied, where what comes next is asked for
   alignas(64) float scale[kTileRows];
   alignas(64) int32_t zero[kTileRows];
 };
@@ -110,14 +114,14 @@ CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const floa
   if constexpr (kSum32<V, values>) {
     CALORA_UNROLL
     for (int r = 0; r < RS; ++r) sum[r][0] = start(r, 0), sum[r][1] = start(r, 1);
-    if constexpr (has_groups(values)) nibble_dots<V, values, RS, R>(codes, x, w.columns, sum);
+    if constexpr (has_groups(values)) nibble_dots<V, values, RS, R>(codes, x, w.columns, w.ahead, sum);
     else int8_dots<V, RS, R, -1>(codes, x, w.columns, sum);
   } else {
     alignas(64) int32_t sums[RS][2 * L];
     for (int r = 0; r < RS; ++r) V::istore(sums[r], start(r, 0)), V::istore(sums[r] + L, start(r, 1));
     for (int64_t k = 0; k < w.columns; k += 32, x += 32 * R) {
       if constexpr (values == Values::int4) {
-        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { nibble_dots<V, values, RS, R>(codes + 16 * k, x, 32, part); });
+        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { nibble_dots<V, values, RS, R>(codes + 16 * k, x, 32, w.ahead, part); });
       } else {  // vpmaddubsw saturates on bytes, not on nibbles: code = 16 * high + low
         add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 0>(codes + 32 * k, x, 32, part); });
         add_int16_dots<V, RS>(sums, 16, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 1>(codes + 32 * k, x, 32, part); });
