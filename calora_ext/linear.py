@@ -141,7 +141,7 @@ class CompressedLinear(PackedModule, nn.Linear):
 
     def extra_repr(self) -> str:
         bits = 8 * sum(t.numel() for t in self.packed_tensors().values()) / (self.in_features * self.out_features)
-        fmt = ops.runs_as(self.format)
+        fmt = self.runs_as()
         runs = "" if fmt is self.format else f", runs as {fmt} on {ops.native.isa()}"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {self.format}, {bits:.2f} bits per weight{runs}"
 

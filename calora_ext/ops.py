@@ -22,6 +22,7 @@ from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS, VALUE_IDS, Geometry
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
+MOST_PAIRED = 0.6  # share of the weights kept, up to which pairs of rows have fewer bytes than a dense weight (benchmarks/NOTES.md)
 BACKWARD_ROWS = 128  # of x, at a time, in the bank's backward
 RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
@@ -84,15 +85,21 @@ def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_featur
     return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
 
 
-def runs_as(fmt: WeightFormat) -> WeightFormat:
-    """The format in which the rung in use computes fastest what is stored in ``fmt``: that one, or the dense one of its codes.
+def runs_as(fmt: WeightFormat, density: float = 0.5) -> WeightFormat:
+    """The format in which the rung in use computes fastest what is stored in ``fmt``, of whose weights that share is kept.
 
     An unstructured weight needs vpexpandb (avx512-vnni). Without it, putting codes at their places takes a table look-up per 8
-    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight. Sparse
-    nf4 has a kernel on no rung: each call would expand it. The reference rung runs every format as it is.
+    of them, 4 times as long as reading the dense codes, whatever the density: the rungs below run it as a dense weight. With it,
+    int4 is bound by placing its codes one by one, and runs in pairs of rows, or as a dense weight where that has fewer bytes.
+    Sparse nf4 has a kernel on no rung: each call would expand it. The reference rung runs every format as it is.
     """
-    lacking = fmt.sparse and (fmt.values == "nf4" or (fmt.pattern == "unstructured" and native.isa() != "avx512-vnni"))
-    return replace(fmt, pattern="dense") if lacking and native.isa() != "reference" else fmt
+    if not fmt.sparse or native.isa() == "reference":
+        return fmt
+    expands = fmt.pattern == "unstructured" and fmt.values != "nf4" and native.isa() == "avx512-vnni"
+    if expands and fmt.values == "int4":
+        return replace(fmt, pattern="paired" if density <= MOST_PAIRED else "dense")
+    lacking = fmt.values == "nf4" or fmt.pattern == "unstructured"
+    return replace(fmt, pattern="dense") if lacking and not expands else fmt
 
 
 def expand(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> Tensor:
@@ -103,9 +110,11 @@ def expand(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_featur
 
 def as_it_runs(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int) -> tuple[list[Tensor], WeightFormat]:
     """CPU tensors in ``fmt`` -> what :func:`linear` is fastest with, and its format (:func:`runs_as`)."""
-    runs = runs_as(fmt)
+    runs = runs_as(fmt, fmt.density(in_features, out_features, packed[-1].numel()) if fmt.pattern == "unstructured" else 0.5)
     if runs is fmt:
         return packed, fmt
+    if runs.pattern == "paired":
+        return torch.ops.calora.pair(packed, fmt.id, in_features, out_features, fmt.group_size), runs
     shared = dict(zip(fmt.tensors(in_features, out_features), packed, strict=True))
     dense = {"packed": expand(packed, fmt, in_features, out_features)}
     return [dense.get(name, shared.get(name)) for name in runs.tensors(in_features, out_features)], runs

@@ -22,7 +22,7 @@ class PackedModule(nn.Module):
     out_features: int
     compute_dtype: torch.dtype
     # What runs in place of the packed tensors, and those it was made of: held, so that no other tensor gets their addresses.
-    _expanded: tuple[list[tuple[int, int]], list[Tensor], tuple[list[Tensor], WeightFormat]] | None = None
+    _expanded: tuple[tuple[str, list[tuple[int, int]]], list[Tensor], tuple[list[Tensor], WeightFormat]] | None = None
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """Name -> tensor, in the order of the device they are on. Whatever put them there (``.to``, a loader, an offloading
@@ -35,6 +35,11 @@ class PackedModule(nn.Module):
                 setattr(self, name, tensors[name])
         return tensors
 
+    def runs_as(self) -> WeightFormat:
+        """The format of :meth:`running` on a CPU."""
+        extent = self._buffers["kept"].numel() if "kept" in self._buffers else 0
+        return ops.runs_as(self.format, self.format.density(self.in_features, self.out_features, extent))
+
     def running(self) -> tuple[list[Tensor], WeightFormat]:
         """What the kernels are given, and its format: the packed tensors as they are, or, where the rung in use computes
         another format faster (``ops.runs_as``), that one. It is made on first use and kept; the packed tensors stay what is
@@ -42,7 +47,7 @@ class PackedModule(nn.Module):
         tensors = list(self.packed_tensors().values())
         if ops.runs_as(self.format) is self.format or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
             return tensors, self.format
-        source = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+        source = (ops.native.isa(), [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors])
         if self._expanded is None or self._expanded[0] != source:
             self._expanded = (source, tensors, ops.as_it_runs(tensors, self.format, self.in_features, self.out_features))
         return self._expanded[2]

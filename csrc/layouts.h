@@ -65,6 +65,13 @@
 //     and then follows the bits, whatever they are, cannot leave the tensor. So nothing in a damaged file leads outside.
 //     Why the bits apart from the codes: masks stay aligned words at a fixed stride, and a chunk's codes need no alignment.
 //
+//   paired (int4): what an unstructured weight runs as (ops.runs_as) where there is vpexpandb. Made at load, never in a file.
+//     As the bitmask, but a bit stands for the weights of two rows in one column and is set unless both are 0, so that a chunk has
+//     64 bytes of bits; and what is kept is a byte for each bit that is set, one after the other.
+//       bit 64 s + 4 r + b = (rows r and 16 + r, column 4 s + b), r = 0..15      byte: low nibble = code of row r, high = of row 16 + r
+//     Why pairs: placing codes by bits takes as long for a byte of two as for a byte of one, and is what the bitmask waits for.
+//     Why rows: both meet the same x, so that a product of whole bytes gives both sums at once (decode_bitmask.h).
+//
 // Why 32 rows and 4-byte column groups: broadcasting 4 activations against 16 rows per zmm needs no horizontal sum,
 // one AND and one shift unpack 128 weights, and a single stream is what hardware prefetchers like best.
 // Every block is a multiple of 64 bytes, so every vector load is aligned when the tensor is.
@@ -98,10 +105,11 @@ static_assert(kNf4[kNf4Zero] == 0 && nf4_part(0) == -kNf4Parts && nf4_part(10) =
 constexpr int kScaleShift = 5;  // a scale code of nf4, shifted by this, is an fp16 number
 
 // A format is a pair; its number is 16 * pattern + values (calora_ext/formats/layout.py holds the same table).
-enum class Pattern : int { dense = 0, two_four = 1, bitmask = 2 };
+enum class Pattern : int { dense = 0, two_four = 1, bitmask = 2, paired = 3 };
 enum class Values : int { bf16 = 0, int8 = 1, int4 = 2, nf4 = 3 };
 
 constexpr bool has_groups(Values v) { return v == Values::int4 || v == Values::nf4; }  // and codes of 4 bits
+constexpr bool has_kept(Pattern p) { return p == Pattern::bitmask || p == Pattern::paired; }
 constexpr bool has_scales(Values v) { return v != Values::bf16; }
 // What a weight of 0 is stored as, where no zero point is.
 constexpr int zero_code(Values v) { return v == Values::int4 ? kInt4Zero : v == Values::nf4 ? kNf4Zero : v == Values::int8 ? kInt8Zero : 0; }
@@ -120,12 +128,13 @@ constexpr int64_t kTurnColumns = 32, kPlaceBytes = 4 * kTileRows;
 constexpr int64_t turn_bytes(Values v) { return code_bytes(v, kTurnColumns) / 2 + kPlaceBytes; }
 
 // Unstructured: the chunk, 32 columns of a tile, and where the last one may start in `bytes` bytes of kept codes.
-constexpr int64_t kChunkBits = kTurnColumns * kTileRows, kMaskBytes = kChunkBits / 8, kOffsetUnit = 8;
+constexpr int64_t kChunkBits = kTurnColumns * kTileRows, kMaskBytes = kChunkBits / 8, kPairMaskBytes = kMaskBytes / 2, kOffsetUnit = 8;
 constexpr int64_t kept_limit(Values v, int64_t bytes) { return bytes - code_bytes(v, kTurnColumns) - kTileAlign; }
 
 // Bytes of `columns` columns of a block in any pattern, scales apart.
 constexpr int64_t code_bytes(Pattern p, Values v, int64_t columns) {
   if (p == Pattern::two_four) return columns / kTurnColumns * turn_bytes(v);
+  if (p == Pattern::paired) return columns / kTurnColumns * kPairMaskBytes;
   return p == Pattern::bitmask ? columns / kTurnColumns * kMaskBytes : code_bytes(v, columns);
 }
 
@@ -160,7 +169,7 @@ static_assert(milli_bits(Pattern::dense, Values::int4, 128) == 4125 && milli_bit
 static_assert(milli_bits(Pattern::dense, Values::nf4, 64) == 4000 && geometry(Pattern::dense, Values::nf4, 4096, 4096, 64).scales_bytes() == 4096 * 64 + 512);
 static_assert(milli_bits(Pattern::two_four, Values::int4, 128) == 3125 && milli_bits(Pattern::two_four, Values::int4, 64) == 3250);
 static_assert(milli_bits(Pattern::two_four, Values::int8, -1) == 5003 && milli_bits(Pattern::two_four, Values::bf16, -1) == 9000);
-static_assert(milli_bits(Pattern::bitmask, Values::int4, 128) == 1125 && milli_bits(Pattern::bitmask, Values::bf16, -1) == 1000);
+static_assert(milli_bits(Pattern::bitmask, Values::int4, 128) == 1125 && milli_bits(Pattern::paired, Values::int4, 128) == 625 && milli_bits(Pattern::bitmask, Values::bf16, -1) == 1000);
 static_assert(geometry(Pattern::dense, Values::int8, 97, 33, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
 static_assert(geometry(Pattern::two_four, Values::bf16, 1, 1, -1).block_bytes % kTileAlign == 0, "every block is whole cache lines");
 

@@ -6,11 +6,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cpu/expand.h"
@@ -41,20 +46,21 @@ DType dtype_of(const Tensor& t, const char* what) {
 
 Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_features, int64_t out_features,
                  int64_t group_size) {
-  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::bitmask) && format % 16 <= static_cast<int>(Values::nf4),
+  STD_TORCH_CHECK(format >= 0 && format / 16 <= static_cast<int>(Pattern::paired) && format % 16 <= static_cast<int>(Values::nf4),
                   "calora: unknown weight format ", format, "; this build knows bf16, int8, int4 and nf4, each dense, 2:4 or unstructured");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
+  STD_TORCH_CHECK(pattern != Pattern::paired || values == Values::int4, "calora: weights in pairs of rows are int4, not format ", format);
   STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
                   "calora: unsupported layer size ", out_features, " x ", in_features);
   STD_TORCH_CHECK(group_size == -1 || (has_groups(values) && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4 and nf4, a multiple of ", kColumnAlign, "; got ", group_size);
   const Geometry g = geometry(pattern, values, in_features, out_features, group_size);
-  const bool bitmask = pattern == Pattern::bitmask, nf4 = values == Values::nf4;
+  const bool streams = has_kept(pattern), nf4 = values == Values::nf4;
   const bool zeros = packed.size() == 2 && values == Values::int4 && pattern == Pattern::dense;
   const std::size_t scales = nf4 ? 1 : 0, offsets = 1 + scales, kept = 2 + scales;  // where they are in `packed`
-  STD_TORCH_CHECK(zeros || packed.size() == (bitmask ? kept + 1 : offsets),
+  STD_TORCH_CHECK(zeros || packed.size() == (streams ? kept + 1 : offsets),
                   "calora: expected the packed weight (for nf4 also its scales, for dense int4 optionally its zero points, for "
                   "unstructured weights offsets and kept codes), got ", packed.size(), " tensors");
   for (const Tensor& t : packed)
@@ -66,16 +72,16 @@ Weight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_t in_f
                   zeros ? packed[1].numel() : 0, " bytes, expected ", g.zeros_bytes());
   STD_TORCH_CHECK(!nf4 || packed[scales].numel() == g.scales_bytes(), "calora: the scales have ", packed[scales].numel(),
                   " bytes, expected ", g.scales_bytes());
-  STD_TORCH_CHECK(!bitmask || packed[offsets].numel() == g.offsets_bytes(), "calora: the offsets have ",
-                  bitmask ? packed[offsets].numel() : 0, " bytes, expected ", g.offsets_bytes());
-  STD_TORCH_CHECK(!bitmask || kept_limit(values, packed[kept].numel()) >= 0, "calora: the kept codes have ",
-                  bitmask ? packed[kept].numel() : 0, " bytes, too few for their tail");
+  STD_TORCH_CHECK(!streams || packed[offsets].numel() == g.offsets_bytes(), "calora: the offsets have ",
+                  streams ? packed[offsets].numel() : 0, " bytes, expected ", g.offsets_bytes());
+  STD_TORCH_CHECK(!streams || kept_limit(values, packed[kept].numel()) >= 0, "calora: the kept codes have ",
+                  streams ? packed[kept].numel() : 0, " bytes, too few for their tail");
   // A file without the 64-byte alignment is loaded by copying; a misaligned pointer never reaches a kernel.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(packed[0].data_ptr()) % kTileAlign == 0,
                   "calora: the packed weight is not 64-byte aligned; .clone() it");
   Weight w{static_cast<const uint8_t*>(packed[0].data_ptr()),
            zeros ? static_cast<const uint8_t*>(packed[1].data_ptr()) : nullptr, pattern, values, in_features, out_features, g};
-  if (bitmask) {
+  if (streams) {
     w.offsets = static_cast<const uint8_t*>(packed[offsets].data_ptr());
     w.kept = static_cast<const uint8_t*>(packed[kept].data_ptr());
     w.kept_limit = kept_limit(values, packed[kept].numel());
@@ -196,6 +202,18 @@ Tensor decode_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   return out;
 }
 
+// Asks for large pages below what was just allocated and not written yet: in 4 KB pages, which is all that a mapped file gets, a
+// stream waits for translations (6 to 14 % of a layer's time in a virtual machine).
+Tensor in_large_pages(Tensor t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr()), end = begin + static_cast<uintptr_t>(t.numel());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage, last = end / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // refused, it changes nothing
+#endif
+  return t;
+}
+
 // The dense weight of the same codes and scales, (tiles, bytes of a tile): what is not kept gets the code of 0. (nf4: codes
 // alone; its scales are the same tensor in every pattern.)
 Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
@@ -205,7 +223,7 @@ Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
 #ifdef CALORA_X86
   STD_TORCH_CHECK(std::strcmp(kernels().isa, kReference.isa) != 0, "calora: the reference rung expands no weights; choose another rung");
   const Geometry dense = geometry(Pattern::dense, w.values, in_features, out_features, group_size);
-  Tensor out = torch::stable::new_empty(packed[0], {dense.tiles, dense.tile_bytes});
+  Tensor out = in_large_pages(torch::stable::new_empty(packed[0], {dense.tiles, dense.tile_bytes}));
   struct Task { const Weight& w; const Geometry& dense; uint8_t* out; } task{w, dense, static_cast<uint8_t*>(out.data_ptr())};
   parallel_for(0, dense.tiles, 1, [](void* context, int64_t begin, int64_t end) {
     auto* t = static_cast<Task*>(context);
@@ -221,6 +239,56 @@ Tensor expand_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_feature
   return out;
 #else
   STD_TORCH_CHECK(false, "calora: the reference rung expands no weights, and this build has no other");
+#endif
+}
+
+// An int4 weight -> packed, offsets and kept of the same weight in pairs of rows.
+std::vector<Tensor> pair_cpu(std::vector<Tensor> packed, int64_t format, int64_t in_features, int64_t out_features, int64_t group_size) {
+  STD_TORCH_CHECK(!packed.empty(), "calora: no packed tensor given");
+  const Weight w = weight_of(packed, format, in_features, out_features, group_size);
+  STD_TORCH_CHECK(w.values == Values::int4 && w.pattern == Pattern::bitmask, "calora: only unstructured int4 weights are put in pairs of rows");
+#ifdef CALORA_X86
+  STD_TORCH_CHECK(std::strcmp(kernels().isa, kReference.isa) != 0, "calora: the reference rung pairs no rows; choose another rung");
+  const Geometry g = geometry(Pattern::paired, w.values, in_features, out_features, group_size);
+  const int64_t chunks = g.tiles * g.chunks();
+  Tensor out = in_large_pages(torch::stable::new_empty(packed[0], {g.tiles, g.tile_bytes})), offsets = torch::stable::new_zeros(packed[0], {g.offsets_bytes()});
+  std::vector<int64_t> starts(static_cast<std::size_t>(chunks));
+  struct Task { const Weight& w; const Geometry& g; uint8_t* out; int64_t* starts; uint8_t* kept; };
+  Task task{w, g, static_cast<uint8_t*>(out.data_ptr()), starts.data(), nullptr};
+  const Body tiles = [](void* context, int64_t begin, int64_t end) {  // bits, scales and the bytes of each chunk; then what is kept
+    auto* t = static_cast<Task*>(context);
+    alignas(64) uint8_t codes[kTurnColumns * kTileRows / 2];
+    const int64_t block_chunks = t->g.block_columns / kTurnColumns;
+    for (int64_t tile = begin; tile < end; ++tile)
+      for (int64_t c = 0; c < t->g.chunks(); ++c) {
+        const int64_t block = c / block_chunks, in_block = c % block_chunks;
+        uint8_t* to = t->out + tile * t->g.tile_bytes + block * t->g.block_bytes;
+        int64_t* start = t->starts + tile * t->g.chunks() + c;
+        expand(t->w, tile, block, in_block * kTurnColumns, kTurnColumns, codes);
+        if (t->kept) {
+          pair_rows(codes, to + in_block * kPairMaskBytes, t->kept + *start);
+          continue;
+        }
+        *start = round_up(pair_rows(codes, to + in_block * kPairMaskBytes, nullptr), kOffsetUnit);
+        const uint8_t* from = t->w.packed + tile * t->w.g.tile_bytes + (block + 1) * t->w.g.block_bytes;
+        if (!in_block) std::memcpy(to + t->g.block_bytes - kScaleBytes, from - kScaleBytes, kScaleBytes);
+      }
+  };
+  parallel_for(0, g.tiles, 1, tiles, &task);
+  int64_t total = 0;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const auto unit = static_cast<uint32_t>(total / kOffsetUnit);
+    std::memcpy(static_cast<uint8_t*>(offsets.data_ptr()) + 4 * c, &unit, sizeof unit);
+    total += std::exchange(starts[static_cast<std::size_t>(c)], total);
+  }
+  STD_TORCH_CHECK(total / kOffsetUnit < int64_t{1} << 32, "calora: the layer keeps more than 32 GB, which its offsets cannot count");
+  Tensor kept = in_large_pages(torch::stable::new_empty(packed[0], {round_up(total + code_bytes(w.values, kTurnColumns) + kTileAlign, kTileAlign)}));
+  std::memset(kept.data_ptr(), 0, static_cast<std::size_t>(kept.numel()));
+  task.kept = static_cast<uint8_t*>(kept.data_ptr());
+  parallel_for(0, g.tiles, 1, tiles, &task);
+  return {out, offsets, kept};
+#else
+  STD_TORCH_CHECK(false, "calora: the reference rung pairs no rows, and this build has no other");
 #endif
 }
 
@@ -249,6 +317,7 @@ STABLE_TORCH_LIBRARY(calora, m) {
   m.def("linear_dx(Tensor grad, Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
   m.def("decode(Tensor[] packed, int format, int in_features, int out_features, int group_size, int row_begin, int row_end) -> Tensor");
   m.def("expand(Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor");
+  m.def("pair(Tensor[] packed, int format, int in_features, int out_features, int group_size) -> Tensor[]");
   m.def("read(Tensor data) -> int");
 }
 
@@ -258,6 +327,7 @@ STABLE_TORCH_LIBRARY_IMPL(calora, CPU, m) {
   m.impl("linear_dx", TORCH_BOX(&linear_dx_cpu));
   m.impl("decode", TORCH_BOX(&decode_cpu));
   m.impl("expand", TORCH_BOX(&expand_cpu));
+  m.impl("pair", TORCH_BOX(&pair_cpu));
   m.impl("read", TORCH_BOX(&read_cpu));
 }
 

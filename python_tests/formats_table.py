@@ -24,6 +24,7 @@ SPARSE = [
     WeightFormat("nf4", 64, pattern="2:4"), WeightFormat("nf4", 128, pattern="unstructured"),
 ]  # fmt: skip
 FORMATS = DENSE + SPARSE
+PAIRED = [WeightFormat("int4", group, pattern="paired") for group in (32, 128, -1)]  # what runs in place of another; in no file
 # What a code stands for, but for its scale: position in the table = code, where no zero point is stored.
 LEVELS = {"int4": torch.arange(-8.0, 8), "int8": torch.arange(-128.0, 128), "nf4": torch.tensor(nf4.BOOK)}
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from formats_table import FORMATS, SPARSE, mask_for, pack
+from formats_table import FORMATS, PAIRED, SPARSE, mask_for, pack
 
 from calora_ext import CompressedLinear, WeightFormat, ops
 from calora_ext.formats import extent_of, nf4
@@ -106,7 +106,7 @@ def test_int8_activations_cost_what_their_step_costs(rung, fmt):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.7, 0.9, 1.0])
-@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+@pytest.mark.parametrize("fmt", SPARSE + PAIRED, ids=str)
 def test_sparse_weights_of_any_density(rung, fmt, density):
     """Every kind of kernel (decode of 1 and of 5 rows, prefill, backward) with a bank."""
     in_, out, rank = 229, 75, 9
@@ -127,7 +127,7 @@ def test_sparse_weights_of_any_density(rung, fmt, density):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 0.7, 0.9, 1.0])
-@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+@pytest.mark.parametrize("fmt", SPARSE + PAIRED, ids=str)
 def test_sparse_decode_of_every_m(rung, fmt, density):
     """M from 1 to 8 on shapes that give several tiles to every stream, or fewer than there are streams; fp32 and bf16 x."""
     rng = random.Random(f"{fmt} {density}")
@@ -147,7 +147,7 @@ def test_sparse_decode_of_every_m(rung, fmt, density):
             assert (y.double() - want).norm() <= tolerance * want.norm(), (m, in_, out, rank, dtype)
 
 
-@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+@pytest.mark.parametrize("fmt", SPARSE + PAIRED, ids=str)
 def test_expanding_gives_the_same_weights_densely(rung, fmt):
     if rung == "reference":
         pytest.skip("it expands nothing")
@@ -163,17 +163,43 @@ def test_expanding_gives_the_same_weights_densely(rung, fmt):
         assert not decoded[~mask_for(fmt, (out, in_), density)].any()
 
 
+@pytest.mark.parametrize("density", [0.0, 0.3, 0.5, 1.0])
+def test_pairs_of_rows_are_the_same_weights(rung, density):
+    if rung == "reference":
+        pytest.skip("it pairs nothing")
+    for group, in_, out in ((32, 229, 75), (128, 300, 31), (-1, 65, 130)):
+        fmt, paired = WeightFormat("int4", group, pattern="unstructured"), WeightFormat("int4", group, pattern="paired")
+        packed = pack(fmt, torch.randn(out, in_, generator=torch.Generator().manual_seed(3)), density)
+        tensors = torch.ops.calora.pair(list(packed.values()), fmt.id, in_, out, group)
+        slowly = paired.pack_quantized(fmt.unpack(packed, in_, out))
+        assert all(torch.equal(a, b) for a, b in zip(tensors, slowly.values(), strict=True))
+        assert torch.equal(paired.decode(slowly, in_, out), fmt.decode(packed, in_, out))
+
+
+def test_what_an_unstructured_int4_weight_runs_as_depends_on_its_density():
+    fmt, before = WeightFormat("int4", 64, pattern="unstructured"), ops.native.isa()
+    for rung in ops.native.available():
+        ops.native.set_isa(rung)
+        for density, fewest in ((0.3, "paired"), (0.55, "paired"), (0.7, "dense"), (1.0, "dense")):
+            packed = pack(fmt, torch.randn(256, 512, generator=torch.Generator().manual_seed(3)), density)
+            runs = ops.as_it_runs(list(packed.values()), fmt, 512, 256)[1]
+            assert runs.pattern == {"reference": "unstructured", "avx512-vnni": fewest}.get(rung, "dense"), (rung, density)
+    ops.native.set_isa(before)
+
+
 @pytest.mark.parametrize("fmt", [f for f in SPARSE if f.pattern == "unstructured" or f.values == "nf4"], ids=str)
 def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
     weight = torch.randn(70, 100, generator=torch.Generator().manual_seed(1))
     tensors = pack(fmt, weight, 0.4)
     layer = CompressedLinear(100, 70, False, fmt, extent=extent_of({name: t.shape for name, t in tensors.items()}))
     layer.load_state_dict(tensors)
-    prefers_dense = rung in ("avx2", "avx2-vnni", "avx512") or (fmt.values == "nf4" and rung != "reference")
+    preferred = "paired" if fmt.values == "int4" else "dense" if fmt.values == "nf4" else fmt.pattern  # where there is vpexpandb
+    preferred = {"reference": fmt.pattern, "avx512-vnni": preferred}.get(rung, "dense")
+    differs = preferred != fmt.pattern
     running, running_fmt = layer.running()
-    assert running_fmt.pattern == ("dense" if prefers_dense else fmt.pattern)
-    running_fmt.check(dict(zip(running_fmt.tensors(100, 70), running, strict=True)) if prefers_dense else tensors, 100, 70)
-    assert ("runs as" in repr(layer)) == prefers_dense
+    assert running_fmt.pattern == preferred
+    running_fmt.check(dict(zip(running_fmt.tensors(100, 70), running, strict=True)) if differs else tensors, 100, 70)
+    assert ("runs as" in repr(layer)) == differs
     assert layer.running()[0][0] is running[0]  # made once
     assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())  # what is saved stays as it was
     for m in (1, 3, 20):
@@ -183,7 +209,7 @@ def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
         if fmt.values != "bf16":
             want = in_float64(x, met_by_int8(fmt, tensors, 70, 100), torch.zeros(70), None, None, 0, quantised_activations(x, fmt, 100))
             assert (layer.fused(x, activations="int8").double() - want).norm() <= 3e-6 * want.norm()
-    if prefers_dense:  # what a merge replaces keeps its address until the next call: another tensor there would pass for it
+    if differs:  # what a merge replaces keeps its address until the next call: another tensor there would pass for it
         replaced = weakref.ref(layer.packed)
         layer.packed = layer.packed.clone()
         assert replaced() is not None

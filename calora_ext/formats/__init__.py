@@ -17,10 +17,12 @@ from . import layout
 from .bitmask import Bitmask
 from .dense import Dense
 from .layout import LAYOUT_VERSION, Geometry
+from .paired import Paired
 from .two_four import TwoFour
 from .values import VALUES, Quantized, dequantize
 
-PATTERNS = {p.name: p for p in (Dense, TwoFour, Bitmask)}
+STORED = (Dense, TwoFour, Bitmask)  # what a file may hold
+PATTERNS = {p.name: p for p in (*STORED, Paired)}
 CHUNK = 1 << 20  # weights that are rounded at a time
 
 __all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat", "extent_of"]
@@ -33,7 +35,7 @@ class WeightFormat:
     values: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"bf16"``. group_size: columns that share a scale (a multiple of 32), or -1
     for one scale per row; only int4 and nf4 have groups. symmetric: False stores a zero point per group (dense int4 only).
     pattern: ``"dense"``; ``"2:4"``: at most two of every four weights along a row are kept, the others are 0; or
-    ``"unstructured"``: any are kept, and the size depends on how many.
+    ``"unstructured"``: any are kept, and the size depends on how many. (``"paired"``: what unstructured int4 weights may run as.)
     Raises :class:`CaloraError` for a combination without meaning.
     """
 
@@ -46,7 +48,9 @@ class WeightFormat:
         if self.values not in VALUES:
             raise CaloraError(f"unknown weights {self.values!r}; choose one of {', '.join(sorted(VALUES))}")
         if self.pattern not in PATTERNS:
-            raise CaloraError(f"unknown pattern {self.pattern!r}; choose one of {', '.join(PATTERNS)}")
+            raise CaloraError(f"unknown pattern {self.pattern!r}; choose one of {', '.join(p.name for p in STORED)}")
+        if self.pattern == Paired.name and self.values != "int4":
+            raise CaloraError(f"weights in pairs of rows are int4, not {self.values}")
         if self.sparse and not self.symmetric:
             raise CaloraError(f"{self.pattern} weights have no zero points; use symmetric=True")
         if not self.symmetric and not VALUES[self.values].zero_points:
@@ -95,6 +99,10 @@ class WeightFormat:
         g = self.geometry(in_features, out_features)
         extent = Bitmask.expected_extent(g, density) if self.pattern == Bitmask.name else 0
         return sum(torch.Size(shape).numel() for shape in self.tensors(in_features, out_features, extent).values())
+
+    def density(self, in_features: int, out_features: int, extent: int) -> float:
+        """About which share of its weights an unstructured layer keeps: inverse of ``Bitmask.expected_extent``, but for its padding."""
+        return Bitmask.expected_density(self.geometry(in_features, out_features), extent)
 
     def bits_per_weight(self, in_features: int, out_features: int, density: float = 1.0) -> float:
         return 8 * self.nbytes(in_features, out_features, density) / (in_features * out_features)

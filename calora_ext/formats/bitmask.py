@@ -41,6 +41,11 @@ class Bitmask:
         return round_up(int(chunks * (kept + padding)) + tail_bytes(g.values), TILE_ALIGN)
 
     @staticmethod
+    def expected_density(g: Geometry, extent: int) -> float:
+        """About which share of the weights is kept where ``kept`` has that many bytes, padding counted as kept."""
+        return min(1.0, 8 * max(0, extent - tail_bytes(g.values)) / (BITS[g.values] * g.in_features * g.out_features))
+
+    @staticmethod
     def tile(codes: Tensor, mask: Tensor, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
         """Bits (tiles, blocks, code_bytes) uint8, and the tensors of :meth:`shapes`; codes, mask: (tiles * 32, columns)."""
         bits = _in_steps(mask, g)

@@ -19,7 +19,7 @@ SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a block of int4 or int8
 ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
 
 VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2, "nf4": 3}
-PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2}
+PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2, "paired": 3}
 BITS = {"bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
 ZERO_CODE = {"bf16": 0, "int8": 128, "int4": 8, "nf4": 7}  # what a weight of 0 is stored as, where no zero point is
 
@@ -30,8 +30,8 @@ def round_up(n: int, to: int) -> int:
 
 def code_bytes(pattern: str, values: str, columns: int) -> int:
     """Bytes of `columns` columns of one tile but for scales: codes and what says where they belong, as far as a block has them."""
-    bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1, "unstructured": 1}[pattern]
-    return TILE_ROWS * columns * bits // 8
+    bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1, "unstructured": 1, "paired": 0.5}[pattern]
+    return int(TILE_ROWS * columns * bits) // 8
 
 
 @dataclass(frozen=True)

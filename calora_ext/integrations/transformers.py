@@ -29,7 +29,7 @@ from ..card import model_card
 from ..compression import rates
 from ..compression.replace import Compressed, compressed_modules, empty, forget_ties, pack, tie
 from ..errors import CaloraError
-from ..formats import WeightFormat, extent_of
+from ..formats import PATTERNS, STORED, WeightFormat, extent_of
 from ..formats.layout import TILE_ALIGN
 from ..io import checkpoint
 from ..linear import CompressedLinear
@@ -79,7 +79,10 @@ def _format(name: str, value: Any) -> WeightFormat:
     if isinstance(value, WeightFormat):
         return value
     try:
-        return WeightFormat(**value)
+        fmt = WeightFormat(**value)
+        if PATTERNS[fmt.pattern] not in STORED:
+            raise CaloraError(f"no file holds {fmt.pattern!r} weights")
+        return fmt
     except (TypeError, CaloraError) as error:
         raise CaloraError(f"the format of {name} in quantization_config is damaged ({error})") from None
 
@@ -212,17 +215,18 @@ class CaloraQuantizer(HfQuantizer):
             raise CaloraError(f"{dense[0]}.weight is missing from the checkpoint; there is nothing to compress")
         forget_ties(model)
         align_packed(model)
-        expanded: list[int] = []
+        expanded: dict[str, list[int]] = {}  # pattern that runs: bytes of each layer
         for module in compressed_modules(model).values():
-            tensors, fmt = module.running()  # reorders what was loaded straight onto a GPU, expands what the rung runs as dense weights
+            tensors, fmt = module.running()  # reorders what was loaded straight onto a GPU, expands what the rung runs in another format
             if fmt is not module.format:
-                expanded.append(tensors[0].nbytes)
+                own = {id(t) for t in module.packed_tensors().values()}
+                expanded.setdefault(fmt.pattern, []).append(sum(t.nbytes for t in tensors if id(t) not in own))
             if isinstance(module, CompressedLinear):
                 module.activations = self.quantization_config.recipe.activations
                 if module.bias is not None:
                     module.bias.requires_grad_(False)
-        if expanded:
-            log.warning("%d sparse layers run as dense weights, which are faster on %s: %s more memory", len(expanded), ops.native.isa(), format_bytes(sum(expanded)))
+        for pattern, sizes in expanded.items():
+            log.warning("%d sparse layers run as %s weights, which are faster on %s: %s more memory", len(sizes), pattern, ops.native.isa(), format_bytes(sum(sizes)))
         self.pre_quantized, self.planned, self.tied = True, {}, {}
         return model
 

@@ -85,6 +85,72 @@ struct MaskPath {
   }
 };
 
+// The same in pairs of rows (layouts.h). Per 128 weights, beside 8 bytes of mask: the mask into a mask register, popcount, address,
+// load, a copy of the middle, expand, one `and`, and two products per row of x.
+//
+// No nibble is shifted to its place: with codes l and h a byte is l + 16 h, so that whole bytes give sum(l x) + 16 sum(h x), and
+// bytes without their low nibble give 16 sum(h x). What is left of both once the middle is out fits 32 bits for any row that the
+// op accepts (16 * 8 * 127 * 131072 < 2^31); before, sums may wrap.
+template <class V, int M>
+struct PairPath {
+  using I = typename V::I;
+  static constexpr int R = V::kTileRegs;
+  static constexpr int64_t kTiles = M == 1 ? 2 : 1, kVisit = 4, kFar = M == 1 ? 0 : 8192;  // bytes ahead, where arithmetic takes as long as memory
+  static constexpr int kChains = M <= 4 ? 2 : 1;
+  static_assert(R == 2, "a register of rows 0..15, one of rows 16..31");
+
+  struct Sums {  // of whole bytes, and of high nibbles times 16
+    I products[kChains][M][R];
+    __attribute__((always_inline)) void clear() {
+#pragma GCC unroll 2
+      for (int c = 0; c < kChains; ++c) calora::clear(products[c], V::izero());
+    }
+  };
+
+  static const int8_t* x(const LinearArgs& a) { return a.xq; }
+  __attribute__((always_inline)) static void ask(const uint8_t* p) { kFar ? prefetch(p + kFar) : void(); }
+
+  __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask, const int8_t* x,
+                                                      int64_t row, Sums& sums) {
+    const I high = V::iset1_8(static_cast<char>(0xf0)), middle = V::iset1_8(static_cast<char>(0x11 * kInt4Zero));
+    I sum[kChains][M][R];
+    copy<kChains, M, R>(sums.products, 0, sum, 0);
+    for (int64_t t = 0; t < turns; ++t, mask += kPairMaskBytes, x += kTurnColumns) {
+      const uint8_t* from = w.chunk(tile, chunk + t);
+      keep_pointer(x), keep_pointer(mask), ask(mask);
+#pragma GCC unroll 8
+      for (int s = 0; s < 8; ++s) {
+        const uint64_t bits = load_bits(mask + 8 * s);
+        I pairs = V::iload(from);
+        keep_loaded(pairs), ask(from);
+        pairs = _mm512_mask_expand_epi8(middle, bits, pairs), from += __builtin_popcountll(bits);
+        const I upper = V::iand(pairs, high);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const I four = V::iset1(load32(x + m * row + 4 * s));
+          I(&to)[R] = sum[s % kChains][m];
+          to[0] = V::dot(to[0], pairs, four), to[1] = V::dot(to[1], upper, four);
+        }
+      }
+    }
+    copy<kChains, M, R>(sum, 0, sums.products, 0);
+  }
+
+  __attribute__((always_inline)) static void end_block(const LinearArgs& a, int64_t block, const uint8_t* p, const Sums& sums, typename V::F (&y)[M][R]) {
+    const int64_t blocks = a.w.g.blocks;
+    const auto first = block_scale<V>(a.w, p, 0), last = V::mul(block_scale<V>(a.w, p, 1), V::set1(1.0f / 16));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      I both = sums.products[0][m][0], upper = sums.products[0][m][1];
+      if constexpr (kChains == 2) both = V::iadd(both, sums.products[1][m][0]), upper = V::iadd(upper, sums.products[1][m][1]);
+      const int offset = kInt4Zero * a.x_sum[m * blocks + block];
+      const auto x_scale = V::set1(a.x_scale[m * blocks + block]);
+      y[m][0] = V::fma(V::to_float(V::isub(V::isub(both, upper), V::iset1(offset))), V::mul(first, x_scale), y[m][0]);
+      y[m][1] = V::fma(V::to_float(V::isub(upper, V::iset1(16 * offset))), V::mul(last, x_scale), y[m][1]);
+    }
+  }
+};
+
 #endif
 
 }  // namespace

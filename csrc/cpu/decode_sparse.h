@@ -73,7 +73,7 @@ void exact_tile(const LinearArgs& a, int64_t tile) {
   finish_tile<V, M>(a, tile, y);
 }
 
-// One tile, expanded as for prefill and multiplied as prefill does: nf4, and unstructured weights without vpexpandb (by table,
+// One tile, expanded as for prefill and multiplied as prefill does: nf4, and unstructured or paired weights without vpexpandb (by table,
 // expand_avx2.cpp). Correct and slow: layers run such weights expanded once (ops.runs_as).
 template <class V, int M, Values values>
 void expanded_tile(const LinearArgs& a, int64_t tile) {
@@ -95,6 +95,8 @@ template <class V, int M, Values values>
 void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
   if (a.w.pattern == Pattern::two_four) return stream_turns<V, M, TwoFourPath<V, M, values>>(a, begin, end);
 #ifdef __AVX512VBMI2__
+  if constexpr (values == Values::int4)
+    if (a.w.pattern == Pattern::paired) return stream_turns<V, M, PairPath<V, M>>(a, begin, end);
   stream_turns<V, M, MaskPath<V, M, values>>(a, begin, end);
 #else
   for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, values>(a, tile);

@@ -47,6 +47,7 @@ struct MaskBf16Path : SparseBf16Path<V, M> {
 
   __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask,
                                                       const uint16_t* x, int64_t row, typename Base::Sums& sums) {
+    const auto nothing = kept_zero();
     typename V::F sum[kChains][M][R];
     copy<kChains, M, R>(sums.products, 0, sum, 0);
     for (int64_t t = 0; t < turns; ++t, mask += kMaskBytes, x += kTurnColumns) {
@@ -59,7 +60,7 @@ struct MaskBf16Path : SparseBf16Path<V, M> {
 #pragma GCC unroll 2
         for (int i = 0; i < R; ++i) {
           const auto bits = static_cast<__mmask32>(load32(mask + 8 * s + 4 * i));
-          codes[i] = _mm512_maskz_expand_epi16(bits, V::iload(from));
+          codes[i] = _mm512_mask_expand_epi16(nothing, bits, V::iload(from));
           from += 2 * __builtin_popcount(bits);
         }
         prefetch(from + kAhead);

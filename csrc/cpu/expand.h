@@ -9,6 +9,10 @@ namespace calora {
 // not kept gets the middle code. AVX2 on every SIMD rung.
 void expand(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes);
 
+// A chunk of dense int4 codes -> its bits and its kept bytes in pairs of rows (layouts.h). Returns how many bytes are kept; kept:
+// kTurnColumns * kTileRows / 2 bytes, or null to count.
+int64_t pair_rows(const uint8_t* codes, uint8_t* mask, uint8_t* kept);
+
 // 64-byte aligned memory of the calling thread for the codes of one block; valid until it is asked for again.
 uint8_t* expanded_block(int64_t bytes);
 

@@ -93,9 +93,10 @@ __m128i expand16(const uint8_t* mask, const uint8_t*& from, int shift, __m128i l
   return _mm_unpacklo_epi64(first, half(1));
 }
 
-void expand_int8(const uint8_t* mask, const uint8_t* from, uint8_t* out) {
-  const __m128i all = _mm_set1_epi8(-1), middle = _mm_set1_epi8(static_cast<char>(0x80));
-  for (int i = 0; i < kMaskBytes; i += 2, out += 16)
+// Whole bytes, `zero` where nothing is kept.
+void expand_bytes(const uint8_t* mask, int64_t mask_bytes, const uint8_t* from, int zero, uint8_t* out) {
+  const __m128i all = _mm_set1_epi8(-1), middle = _mm_set1_epi8(static_cast<char>(zero));
+  for (int64_t i = 0; i < mask_bytes; i += 2, out += 16)
     _mm_store_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(expand16(mask + i, from, 0, all, middle), middle));
 }
 
@@ -120,10 +121,25 @@ void expand_bf16(const uint8_t* mask, const uint8_t* from, uint8_t* out) {
   }
 }
 
+// Pairs of rows, four columns at a time -> the dense order, eight at a time.
+void expand_paired(const Weight& w, int64_t tile, int64_t column, int64_t columns, const uint8_t* mask, uint8_t* out) {
+  alignas(64) uint8_t pairs[kTurnColumns * kTileRows / 2];
+  const I low = _mm256_set1_epi8(15);
+  for (int64_t c = 0; c < columns / kTurnColumns; ++c, mask += kPairMaskBytes) {
+    expand_bytes(mask, kPairMaskBytes, w.chunk(tile, column / kTurnColumns + c), 0x11 * kInt4Zero, pairs);
+    for (int step = 0; step < 8; step += 2, out += 128)
+      for (int i = 0; i < 64; i += 32) {
+        const I even = load(pairs + 64 * step + i), odd = load(pairs + 64 * (step + 1) + i);
+        store(out + i, _mm256_or_si256(_mm256_and_si256(even, low), _mm256_slli_epi16(_mm256_and_si256(odd, low), 4)));
+        store(out + 64 + i, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(even, 4), low), _mm256_andnot_si256(low, odd)));
+      }
+  }
+}
+
 void expand_bitmask(const Weight& w, int64_t tile, int64_t column, int64_t columns, const uint8_t* mask, uint8_t* out) {
   for (int64_t c = 0; c < columns / kTurnColumns; ++c, mask += kMaskBytes, out += code_bytes(w.values, kTurnColumns)) {
     const uint8_t* from = w.chunk(tile, column / kTurnColumns + c);
-    if (w.values == Values::int8) expand_int8(mask, from, out);
+    if (w.values == Values::int8) expand_bytes(mask, kMaskBytes, from, kInt8Zero, out);
     else if (has_groups(w.values)) expand_nibbles(mask, from, zero_code(w.values), out);
     else expand_bf16(mask, from, out);
   }
@@ -131,9 +147,31 @@ void expand_bitmask(const Weight& w, int64_t tile, int64_t column, int64_t colum
 
 }  // namespace
 
+int64_t pair_rows(const uint8_t* codes, uint8_t* mask, uint8_t* kept) {
+  const I low = _mm256_set1_epi8(15), nothing = _mm256_set1_epi8(static_cast<char>(0x11 * kInt4Zero));
+  int64_t count = 0;
+  for (int step = 0; step < 8; ++step)
+    for (int i = 0; i < 64; i += 32, mask += 4) {
+      const uint8_t* at = codes + step / 2 * 128 + i;
+      const I first = step % 2 ? _mm256_srli_epi16(load(at), 4) : load(at), last = step % 2 ? load(at + 64) : _mm256_slli_epi16(load(at + 64), 4);
+      const I pairs = _mm256_or_si256(_mm256_and_si256(first, low), _mm256_andnot_si256(low, last));
+      const auto bits = ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(pairs, nothing)));
+      __builtin_memcpy(mask, &bits, sizeof bits);
+      if (kept) {
+        alignas(32) uint8_t bytes[32];
+        store(bytes, pairs);
+        int64_t next = count;
+        for (uint32_t left = bits; left; left &= left - 1) kept[next++] = bytes[__builtin_ctz(left)];
+      }
+      count += __builtin_popcount(bits);
+    }
+  return count;
+}
+
 void expand(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
   const uint8_t* from = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + code_bytes(w.pattern, w.values, k);
   if (w.pattern == Pattern::bitmask) expand_bitmask(w, tile, block * w.g.block_columns + k, columns, from, codes);
+  else if (w.pattern == Pattern::paired) expand_paired(w, tile, block * w.g.block_columns + k, columns, from, codes);
   else if (w.values == Values::int4) expand_two_four<Values::int4>(from, columns, codes);
   else if (w.values == Values::nf4) expand_two_four<Values::nf4>(from, columns, codes);
   else if (w.values == Values::int8) expand_two_four<Values::int8>(from, columns, codes);

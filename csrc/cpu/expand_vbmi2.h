@@ -1,6 +1,9 @@
 // Expanding an unstructured weight with vpexpandb and vpexpandw: one instruction puts up to 64 codes at their places.
 //
 // Floor per 64 dense codes: load, expand (2 micro-operations), store, popcount, addition; int4 also and / shift / or.
+//
+// vpexpandb and vpexpandw that put zeros elsewhere wait for what their destination held before (Zen 4, measured: 5.0 cycles each
+// into one register, 1.3 into eight or into one that was cleared). Those that merge into a copy of a constant do not.
 #pragma once
 #include "expand.h"
 
@@ -12,6 +15,13 @@ namespace {
 __attribute__((always_inline)) inline uint64_t load_bits(const uint8_t* p) {
   uint64_t v;
   std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Zeros to merge into. Known to the compiler they would become the form that puts zeros itself.
+__attribute__((always_inline)) inline __m512i kept_zero() {
+  __m512i v = _mm512_setzero_si512();
+  asm("" : "+v"(v));
   return v;
 }
 
@@ -45,19 +55,34 @@ inline void expand_chunk(Values values, const uint8_t* mask, const uint8_t* from
         _mm512_store_si512(out + 128 * step + 64 * half, _mm512_or_si512(low, _mm512_slli_epi16(high, 4)));
       }
   } else {
+    const __m512i nothing = kept_zero();
     for (int i = 0; i < 32; ++i) {
       const auto bits = static_cast<__mmask32>(load_bits(mask + 4 * (i & ~1)) >> 32 * (i & 1));
-      _mm512_store_si512(out + 64 * i, _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(from)));
+      _mm512_store_si512(out + 64 * i, _mm512_mask_expand_epi16(nothing, bits, _mm512_loadu_si512(from)));
       from += 2 * __builtin_popcount(bits);
     }
   }
 }
 
+// The same of a chunk in pairs of rows.
+inline void expand_pairs(const uint8_t* mask, const uint8_t* from, uint8_t* out) {
+  const __m512i middle = _mm512_set1_epi8(static_cast<char>(0x11 * kInt4Zero)), low = _mm512_set1_epi8(15);
+  for (int step = 0; step < 8; step += 2, out += 128) {
+    const __m512i even = next_bytes(load_bits(mask + 8 * step), from, middle), odd = next_bytes(load_bits(mask + 8 * step + 8), from, middle);
+    constexpr int kChoose = 0xca;  // bit by bit: first ? second : third
+    _mm512_store_si512(out, _mm512_ternarylogic_epi32(low, even, _mm512_slli_epi16(odd, 4), kChoose));
+    _mm512_store_si512(out + 64, _mm512_ternarylogic_epi32(low, _mm512_srli_epi16(even, 4), odd, kChoose));
+  }
+}
+
 inline void expand_columns(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
-  if (w.pattern != Pattern::bitmask) return expand(w, tile, block, k, columns, codes);
-  const uint8_t* mask = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + k / kTurnColumns * kMaskBytes;
+  if (!has_kept(w.pattern)) return expand(w, tile, block, k, columns, codes);
+  const uint8_t* mask = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + code_bytes(w.pattern, w.values, k);
   const int64_t chunk = (block * w.g.block_columns + k) / kTurnColumns, bytes = code_bytes(w.values, kTurnColumns);
-  for (int64_t c = 0; c < columns / kTurnColumns; ++c) expand_chunk(w.values, mask + c * kMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
+  for (int64_t c = 0; c < columns / kTurnColumns; ++c) {
+    if (w.pattern == Pattern::paired) expand_pairs(mask + c * kPairMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
+    else expand_chunk(w.values, mask + c * kMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
+  }
 }
 
 #else

@@ -91,6 +91,16 @@ int64_t kept_place(const Weight& w, const Place& at) {
   return nibbles ? 2 * before + odd : before;
 }
 
+// Pairs of rows: the byte of a weight's pair is the i-th of its chunk, where i bits before its own are set.
+int paired_code(const uint8_t* chunk, const Place& at) {
+  const int64_t c = at.column % kTurnColumns, bit = c / 4 * 64 + 4 * (at.row % 16) + c % 4;
+  const uint8_t* mask = at.block + at.column / kTurnColumns * kPairMaskBytes;
+  if (!(mask[bit / 8] >> bit % 8 & 1)) return 0;
+  int64_t before = __builtin_popcount(mask[bit / 8] & ((1 << bit % 8) - 1));
+  for (int64_t i = 0; i < bit / 8; ++i) before += __builtin_popcount(mask[i]);
+  return (at.row < 16 ? chunk[before] & 15 : chunk[before] >> 4) - kInt4Zero;
+}
+
 int bitmask_code(const Weight& w, const uint8_t* chunk, const Place& at) {
   const int64_t place = kept_place(w, at);
   if (place < 0) return w.values == Values::nf4 ? kNf4Zero : 0;
@@ -109,6 +119,7 @@ Element element(const Weight& w, int64_t n, int64_t k) {
   const int64_t c = at.column;
   const float scale = scale_of(w, n / kTileRows, k / w.g.block_columns, at);
   if (w.pattern == Pattern::two_four) return {two_four_code(w.values, at), scale};
+  if (w.pattern == Pattern::paired) return {paired_code(w.chunk(n / kTileRows, k / kTurnColumns), at), scale};
   if (w.pattern == Pattern::bitmask) return {bitmask_code(w, w.chunk(n / kTileRows, k / kTurnColumns), at), scale};
   if (w.values == Values::int8) return {at.block[c / 4 * 128 + 4 * at.row + c % 4] - kInt8Zero, scale};
   const uint8_t byte = at.block[c / 8 * 128 + 4 * at.row + c % 4];

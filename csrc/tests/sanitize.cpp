@@ -99,7 +99,7 @@ struct Format {
   int64_t group_size;
   bool zeros;
   std::string name() const {
-    static const char* const patterns[] = {"dense", "2:4", "unstructured"};
+    static const char* const patterns[] = {"dense", "2:4", "unstructured", "paired"};
     static const char* const types[] = {"bf16", "int8", "int4", "nf4"};
     return std::string(patterns[static_cast<int>(pattern)]) + " " + types[static_cast<int>(values)] + " g" + std::to_string(group_size) + (zeros ? " with zero points" : "");
   }
@@ -145,13 +145,14 @@ void place_two_four(Values v, double density, uint8_t* turn) {
 }
 
 // The bits of a chunk -> bytes of its codes.
-int64_t mask_chunk(Values v, double density, uint8_t* bits) {
+int64_t mask_chunk(Pattern p, Values v, double density, uint8_t* bits) {
   int64_t counts[2] = {};  // of even and of odd steps
-  for (int64_t i = 0; i < kMaskBytes; ++i) {
+  for (int64_t i = 0; i < code_bytes(p, v, kTurnColumns); ++i) {
     bits[i] = 0;
     for (int bit = 0; bit < 8; ++bit) bits[i] = static_cast<uint8_t>(bits[i] | (uniform() < density) << bit);
     counts[i / 16 % 2] += __builtin_popcount(bits[i]);
   }
+  if (p == Pattern::paired) return counts[0] + counts[1];
   if (has_groups(v)) return counts[0] > counts[1] ? counts[0] : counts[1];
   return (counts[0] + counts[1]) * (v == Values::bf16 ? 2 : 1);
 }
@@ -172,7 +173,7 @@ Packed make_weight(const Format& f, int64_t in, int64_t out, double density, boo
     p.w.scales = p.keep(std::move(scales));
   }
   int64_t kept = 0, last = 0;
-  Buffer offsets(f.pattern == Pattern::bitmask ? g.offsets_bytes() : 0, 1);
+  Buffer offsets(has_kept(f.pattern) ? g.offsets_bytes() : 0, 1);
   offsets.randomise();
   for (int64_t block = 0; block < g.tiles * g.blocks && !damaged; ++block) {
     uint8_t* at = packed.data() + block * g.block_bytes;
@@ -182,15 +183,15 @@ Packed make_weight(const Format& f, int64_t in, int64_t out, double density, boo
       random_codes(v, false, at + i * turn_bytes(v), turn_bytes(v) - kPlaceBytes);
       place_two_four(v, density, at + i * turn_bytes(v));
     }
-    for (int64_t i = 0; i < chunks && f.pattern == Pattern::bitmask; ++i) {
+    for (int64_t i = 0; i < chunks && has_kept(f.pattern); ++i) {
       put(offsets.data() + 4 * (block * chunks + i), static_cast<uint32_t>(kept / kOffsetUnit));
       last = kept;
-      kept += round_up(mask_chunk(v, density, at + i * kMaskBytes), kOffsetUnit);
+      kept += round_up(mask_chunk(f.pattern, v, density, at + i * code_bytes(f.pattern, v, kTurnColumns)), kOffsetUnit);
     }
     for (int64_t i = 0; i < scale_bytes(v); i += 2)  // fp16 of magnitude 2^-8 to 2^-6
       put(at + codes + i, static_cast<uint16_t>((next_random() & 0x87ff) + 0x1c00));
   }
-  if (f.pattern == Pattern::bitmask) {  // as short as the op accepts: the last chunk starts at kept_limit
+  if (has_kept(f.pattern)) {  // as short as the op accepts: the last chunk starts at kept_limit
     Buffer codes(last + code_bytes(v, kTurnColumns) + kTileAlign, 1);
     if (damaged) codes.randomise();
     else random_codes(v, true, codes.data(), codes.bytes());
@@ -314,7 +315,7 @@ void run(const Packed& p, const std::vector<const Kernels*>& rungs, const std::v
     a.activations = c.activations;
     const Buffer workspace(static_cast<int64_t>(plan(a, nullptr)));
     plan(a, workspace.data());
-    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.xb, a.t, a.from_bank);
+    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.xb, a.t, a.sums);
     linear(a, pool);
     // bf16 rounds the result and, on the rungs with vdpbf16ps, the book of nf4; int8 rounds x, and that book to 124ths.
     const double tolerance = c.activations == Activations::int8 ? 3e-2 : c.x_dtype == DType::bf16 ? 1e-2 : 1e-4;
@@ -405,7 +406,7 @@ int main() {
       for (const int64_t group : {32, 64, 128, -1}) formats.push_back({pattern, values, group, false});
     for (const auto values : {Values::int8, Values::bf16}) formats.push_back({pattern, values, -1, false});
   }
-  for (const int64_t group : {32, 128, -1}) formats.push_back({Pattern::dense, Values::int4, group, true});
+  for (const int64_t group : {32, 128, -1}) formats.push_back({Pattern::dense, Values::int4, group, true}), formats.push_back({Pattern::paired, Values::int4, group, false});
   for (const Format& f : formats) {
     for (const double density : {0.5, 0.0, 0.3, 0.7, 0.9, 1.0})
       if (density == 0.5 || f.pattern != Pattern::dense) run_grid(f, rungs, density, false);
