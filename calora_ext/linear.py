@@ -119,11 +119,12 @@ class CompressedLinear(PackedModule, nn.Linear):
         return ops.decode(list(self.packed_tensors().values()), self.format, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bank is None:
+        bank = self.bank
+        if bank is None:
             return self.fused(x)
-        term = self.bank.forward_train(x)
+        term = bank.forward_train(x)
         if term is None:
-            return self.fused(x, *self.bank.factors())
+            return self.fused(x, *bank.factors())
         # Trained with dropout: the branches see other inputs than the base, so torch adds them.
         return (self.fused(x, activations="exact").float() + term).to(x.dtype)
 

@@ -80,8 +80,7 @@ def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_featur
     """Rows of the dense weight, float32, by the native decoder."""
     begin, end = (0, out_features) if rows is None else (rows.start, rows.stop)
     if packed[0].is_cuda:
-        names = fmt.tensors(in_features, out_features)
-        packed = [arrange(name, t, fmt, in_features, out_features, packed[0]) for name, t in zip(names, packed, strict=False)]
+        packed = [arrange(name, t, fmt, in_features, out_features, packed[0]) for name, t in zip(fmt.names, packed, strict=False)]
     return torch.ops.calora.decode(packed, fmt.id, in_features, out_features, fmt.group_size, begin, end)
 
 
@@ -115,9 +114,9 @@ def as_it_runs(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_fe
         return packed, fmt
     if runs.pattern == "paired":
         return torch.ops.calora.pair(packed, fmt.id, in_features, out_features, fmt.group_size), runs
-    shared = dict(zip(fmt.tensors(in_features, out_features), packed, strict=True))
+    shared = dict(zip(fmt.names, packed, strict=True))
     dense = {"packed": expand(packed, fmt, in_features, out_features)}
-    return [dense.get(name, shared.get(name)) for name in runs.tensors(in_features, out_features)], runs
+    return [dense.get(name, shared.get(name)) for name in runs.names], runs
 
 
 def tile_up(up: Tensor) -> Tensor:

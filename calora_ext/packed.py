@@ -28,8 +28,8 @@ class PackedModule(nn.Module):
         """Name -> tensor, in the order of the device they are on. Whatever put them there (``.to``, a loader, an offloading
         hook), they are reordered on first use."""
         tensors = {}
-        for name in self.format.tensors(self.in_features, self.out_features):
-            tensor = getattr(self, name)
+        for name in self.format.names:
+            tensor = self._buffers[name]  # not getattr, which takes 0.6 us of a call that should cost 8
             tensors[name] = arrange(name, tensor, self.format, self.in_features, self.out_features, tensors.get("packed"))
             if tensors[name] is not tensor:
                 setattr(self, name, tensors[name])
@@ -62,7 +62,7 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in self.format.tensors(self.in_features, self.out_features):
+        for name in self.format.names:
             if prefix + name in destination:
                 tensor = destination[prefix + name]
                 destination[prefix + name] = from_cuda_order(name, tensor, self.format, self.in_features, self.out_features, self.packed)
@@ -72,7 +72,7 @@ class PackedModule(nn.Module):
         # Loading copies into buffers that may be in CUDA order; assigned tensors are arranged when they are first used.
         if not local_metadata.get("assign_to_params_buffers", False):
             arranged = {}
-            for name in self.format.tensors(self.in_features, self.out_features):
+            for name in self.format.names:
                 tensor, own = state_dict.get(prefix + name), self._buffers.get(name)
                 if tensor is not None and own is not None and in_cuda_order(name, own) and tensor.dtype == own.dtype and tensor.numel() == own.numel():
                     tensor, bits = tensor.to(own.device), state_dict.get(prefix + "packed", self.packed)

@@ -58,6 +58,7 @@ def test_bytes_are_those_of_layouts_h(fmt, shape):
     out, in_ = shape
     packed, zeros, offsets, scales = ops.native.packed_bytes(fmt.id, in_, out, fmt.group_size)
     sizes = {name: t.numel() for name, t in pack(fmt, torch.randn(shape)).items()}
+    assert tuple(sizes) == fmt.names
     assert sizes["packed"] == packed and sizes.get("zeros") in (None, zeros) and sizes.get("offsets") in (None, offsets)
     assert sizes.get("scales") == (scales if fmt.values == "nf4" else None)
     assert ("zeros" in sizes) == (not fmt.symmetric) and ("offsets" in sizes) == ("kept" in sizes) == (fmt.pattern == "unstructured")

@@ -36,6 +36,7 @@ class WeightFormat:
     for one scale per row; only int4 and nf4 have groups. symmetric: False stores a zero point per group (dense int4 only).
     pattern: ``"dense"``; ``"2:4"``: at most two of every four weights along a row are kept, the others are 0; or
     ``"unstructured"``: any are kept, and the size depends on how many. (``"paired"``: what unstructured int4 weights may run as.)
+    id: the number that the operators take, 16 * pattern + values. names: of a layer's packed tensors, in the operators' order.
     Raises :class:`CaloraError` for a combination without meaning.
     """
 
@@ -59,11 +60,9 @@ class WeightFormat:
             object.__setattr__(self, "group_size", -1)
         elif self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
             raise CaloraError(f"group_size must be -1 (one scale per row) or a multiple of 32, got {self.group_size}")
-
-    @property
-    def id(self) -> int:
-        """The number that the operators take: 16 * pattern + values."""
-        return 16 * layout.PATTERN_IDS[self.pattern] + layout.VALUE_IDS[self.values]
+        # Not properties: they are asked for at every call of a layer.
+        object.__setattr__(self, "id", 16 * layout.PATTERN_IDS[self.pattern] + layout.VALUE_IDS[self.values])
+        object.__setattr__(self, "names", tuple(self.tensors(1, 1)))
 
     @property
     def sparse(self) -> bool:
@@ -81,7 +80,7 @@ class WeightFormat:
         return Geometry(self.values, in_features, out_features, self.group_size, self.pattern)
 
     def tensors(self, in_features: int, out_features: int, extent: int = 0) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the packed tensors of a layer, all uint8, in the order the operators take them.
+        """Names and shapes of the packed tensors of a layer, all uint8, in the order of :attr:`names`.
 
         extent: bytes of the last one where the pattern decides them (``extent_of`` a layer's tensors).
         """

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHUNK_COLUMNS = 32
 WORD = 16  # bytes that one lane reads at once
+_DIMENSIONS = {"packed": 3, "zeros": 2, "scales": 2, "kept": 2}  # of each tensor in CUDA order
 
 # In the comments: row = 16 rt + 8 j + g, column = 8 c + 4 s + 2 h + e of a chunk, all but g (8) and c (4) in {0, 1}.
 # Per value type: dtype of an element, its canonical order inside a chunk, and where each axis of that goes.
@@ -61,7 +62,7 @@ _ZEROS = (("j", "g", "rt"), ("g", "rt", "j"))  # nibbles
 
 def in_cuda_order(name: str, tensor: Tensor) -> bool:
     """Whether a packed tensor (by its name) is in CUDA order. ``offsets``, which has one order, never is."""
-    return tensor.dim() == {"packed": 3, "zeros": 2, "scales": 2, "kept": 2}.get(name)
+    return tensor.dim() == _DIMENSIONS.get(name)
 
 
 def to_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:

@@ -205,7 +205,7 @@ def check_packed(name: str, fmt: WeightFormat, in_features: int, out_features: i
 def packed_shapes(name: str, fmt: WeightFormat, headers: dict[str, Header]) -> dict[str, tuple[int, ...]]:
     """Shapes that the files say the packed tensors of module `name` have. Raises CaloraError where one is missing."""
     shapes = {}
-    for tensor in fmt.tensors(1, 1):
+    for tensor in fmt.names:
         key = f"{name}.{tensor}"
         if key not in headers:
             raise CaloraError(f"{key} is missing from the checkpoint; copy the model again")
