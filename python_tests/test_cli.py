@@ -203,6 +203,19 @@ def test_generate(calora, world):
     refused(calora("generate", world / "small", "--prompt", long), "context of 64")
 
 
+def test_a_model_that_searches_with_beams_generates(calora, world, tmp_path):
+    import shutil
+
+    shutil.copytree(world / "small", tmp_path / "beams")
+    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, num_beams=3).save_pretrained(tmp_path / "beams")
+    done = calora("generate", tmp_path / "beams", "--prompt", "the cat", "--max-new-tokens", 8)
+    model, tokenizer = cx.load(tmp_path / "beams"), AutoTokenizer.from_pretrained(tmp_path / "beams")
+    ids = tokenizer("the cat", return_tensors="pt")
+    expected = model.generate(**ids, max_new_tokens=8)[0, ids["input_ids"].shape[1] :]
+    assert done.json["text"] == tokenizer.decode(expected, skip_special_tokens=True) and done.json["tokens"] == len(expected)
+    assert done.out.startswith("the cat" + done.json["text"])
+
+
 def test_the_tokenizer_of_another_model(calora, world, tmp_path):
     import shutil
 

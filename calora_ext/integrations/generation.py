@@ -66,15 +66,19 @@ def generate(
         raise CaloraError(f"the prompt has {length} tokens and fills the model's context of {context}; shorten it")
     if seed is not None:
         set_seed(seed)
+    beams = model.generation_config.num_beams or 1  # of the models that translate or summarise, often 4
+    streamer = _Stream(tokenizer, on_text) if on_text and beams == 1 else None  # beams have no text before they end
     begin = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            **inputs.to(model.device), **_sampling(temperature, top_p), max_new_tokens=room,
-            streamer=_Stream(tokenizer, on_text) if on_text else None,
+            **inputs.to(model.device), **_sampling(temperature, top_p), max_new_tokens=room, streamer=streamer,
         )[0]  # fmt: skip
     seconds = time.perf_counter() - begin
-    new = output if model.config.is_encoder_decoder else output[length:]
-    return Generated(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+    new = output[1 if model.config.is_encoder_decoder else length :]  # a decoder begins with its start token
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    if on_text and streamer is None:
+        on_text(text)
+    return Generated(text, len(new), seconds)
 
 
 def _encode(tokenizer, prompt: str | list[dict]):
