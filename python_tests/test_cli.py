@@ -216,6 +216,13 @@ def test_a_model_that_searches_with_beams_generates(calora, world, tmp_path):
     assert done.out.startswith("the cat" + done.json["text"])
 
 
+def test_a_prompt_that_is_not_text(calora, world, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff"), encoding="utf-8"))
+    refused(calora("generate", world / "small", "--prompt", "-"), "standard input is not UTF-8", "0xff")
+
+
 def test_the_tokenizer_of_another_model(calora, world, tmp_path):
     import shutil
 

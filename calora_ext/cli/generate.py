@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -35,7 +36,7 @@ def generate(
     from ..integrations import directories, generation
 
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _read(sys.stdin.read)
     loaded, tokenizer = directories.open_model(model, adapter)
     print(prompt, end="", flush=True)
     made = generation.generate(loaded, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, on_text=_show)
@@ -76,7 +77,14 @@ def chat(
 
 def _ask() -> str:
     print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+    return _read(sys.stdin.readline).strip()
+
+
+def _read(read: Callable[[], str]) -> str:
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise CaloraError(f"standard input is not UTF-8 text (byte {error.object[error.start]:#04x}); convert it to UTF-8") from None
 
 
 def _show(text: str) -> None:
