@@ -51,15 +51,76 @@ class Factors:
         return replace(self, down=self.down.to(device), up=self.up.to(device))
 
 
+@dataclass(frozen=True)
+class Int8Factors:
+    """One branch of one layer in a byte a parameter, as it lies on disk and in memory until it acts.
+
+    down_codes: (rank, in_features), up_codes: (out_features, rank), both int8; scales: (2, rank) float32, of each row of D and
+    of each column of U; scale: as in ``Factors``, whose down and up are formed anew whenever they are read.
+    """
+
+    down_codes: Tensor
+    up_codes: Tensor
+    scales: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        down, up = self.down_codes, self.up_codes
+        if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or self.scales.shape != (2, len(down)):
+            raise CaloraError(
+                f"a low-rank branch in int8 needs (rank, in), (out, rank) and (2, rank), got {tuple(down.shape)}, {tuple(up.shape)} "
+                f"and {tuple(self.scales.shape)}"
+            )
+        if (down.dtype, up.dtype, self.scales.dtype) != (torch.int8, torch.int8, torch.float32):
+            raise CaloraError(
+                f"a low-rank branch in int8 has int8 codes and float32 scales, got {down.dtype}, {up.dtype} and {self.scales.dtype}"
+            )
+
+    @classmethod
+    def of(cls, f: Branch) -> Int8Factors:
+        """A branch rounded to nearest; one that is in int8 already stays bit for bit."""
+        if isinstance(f, cls):
+            return f
+        scales = torch.stack((f.down.abs().amax(1), f.up.abs().amax(0))) / 127
+        safe = torch.where(scales == 0, torch.ones_like(scales), scales)
+        down, up = (f.down / safe[0].unsqueeze(1)).round_(), (f.up / safe[1]).round_()
+        return cls(down.to(torch.int8), up.to(torch.int8).contiguous(), scales, f.scale)
+
+    @property
+    def down(self) -> Tensor:
+        return self.down_codes * self.scales[0].unsqueeze(1)
+
+    @property
+    def up(self) -> Tensor:
+        return self.up_codes * self.scales[1]
+
+    @property
+    def rank(self) -> int:
+        return self.down_codes.shape[0]
+
+    def to(self, device: torch.device) -> Int8Factors:
+        return replace(
+            self, down_codes=self.down_codes.to(device), up_codes=self.up_codes.to(device), scales=self.scales.to(device)
+        )
+
+
+Branch = Factors | Int8Factors
+
+
 @dataclass
 class _Resident:
     """One adapter of one layer. ready: its operands for inference, made when it is first needed."""
 
-    lora: Factors | None
-    recovery: Factors | None
+    lora: Branch | None
+    recovery: Branch | None
     ready: Bank | None = None
 
-    def branches(self) -> list[tuple[str, Factors]]:
+    @property
+    def small(self) -> bool:
+        """Whether it is kept in int8: then its operands, which are larger, are kept only while it acts."""
+        return isinstance(self.lora, Int8Factors) or isinstance(self.recovery, Int8Factors)
+
+    def branches(self) -> list[tuple[str, Branch]]:
         return [(kind, f) for kind in BRANCHES if (f := getattr(self, kind)) is not None]
 
     def ranks(self) -> tuple[int, int]:
@@ -88,7 +149,7 @@ class LowRankBank(nn.Module):
 
     # -- resident adapters ------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, lora: Factors | None, recovery: Factors | None) -> None:
+    def add(self, name: str, lora: Branch | None, recovery: Branch | None) -> None:
         """Make an adapter resident, replacing one of the same name; it does not act before :meth:`activate`."""
         for kind, branch in (("LoRA", lora), ("recovery", recovery)):
             if branch is not None and (branch.down.shape[1] != self.in_features or branch.up.shape[0] != self.out_features):
@@ -116,7 +177,7 @@ class LowRankBank(nn.Module):
     def names(self) -> list[str]:
         return list(self._resident)
 
-    def branches(self, name: str) -> tuple[Factors | None, Factors | None]:
+    def branches(self, name: str) -> tuple[Branch | None, Branch | None]:
         """The LoRA and recovery branch of an adapter as they are now, detached; (None, None) if it has none here."""
         entry = self._resident.get(name)
         if entry is None:
@@ -148,14 +209,18 @@ class LowRankBank(nn.Module):
             bank = NO_BANK if names[0] == self._trained else self._prepare(names[0])
         else:
             bank = self._operands([self._resident[n] for n in names])
+        for name in self.active:
+            if names != (name,) and (left := self._resident.get(name)) is not None and left.small:
+                left.ready = None
         if self._slots is not None:
             self._slots.fill(bank)
         # Past nn.Module.__setattr__, which would be most of the time that switching a model's adapters takes.
         self.__dict__.update(active=names, _bank=bank)
 
     def prepare(self, name: str) -> None:
-        """Cast and tile an adapter's operands now, so that activating it later costs nothing."""
-        self._prepare(name)
+        """Cast and tile an adapter's operands now, so that activating it later costs nothing; not those of one kept in int8."""
+        if not self._resident[name].small:
+            self._prepare(name)
 
     def factors(self) -> Bank:
         """(down, up, identity_rank) for ``ops.linear``: fp32 and differentiable while an adapter trains."""
@@ -194,7 +259,7 @@ class LowRankBank(nn.Module):
                 self.register_parameter(f"{kind}_{suffix}", parameter)
                 parameters.append(parameter)
             # Until training is finished only the shapes of what it started from are needed.
-            setattr(entry, kind, replace(branch, down=_shape_of(branch.down), up=_shape_of(branch.up)))
+            setattr(entry, kind, Factors(_shape_of(branch.down), _shape_of(branch.up), branch.scale))
         entry.ready = None
         self._trained, self._dropout = name, dropout
         self.activate([name])

@@ -15,7 +15,7 @@ import calora_ext as cx
 from calora_ext import CaloraError, WeightFormat
 from calora_ext.adapters import adapter_banks, add_adapter
 from calora_ext.io.recovery import compare_bases, fingerprint, read_recovery
-from calora_ext.lowrank import Factors
+from calora_ext.lowrank import Factors, Int8Factors
 
 SITES = {
     "model.layers.0.self_attn.q_proj": (32, 32),
@@ -186,7 +186,8 @@ A = "model.layers.1.mlp.up_proj.recovery_A.weight"
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"format_version": 2}, {}, "update calora_ext"),
+        ({"format_version": 3}, {}, "update calora_ext"),
+        ({"format_version": 2}, {}, "do not belong"),
         ({"activation": "relu"}, {}, "'relu' is not supported"),
         ({"scales": {}}, {}, "lacks the scales"),
         ({"scales": {"model.layers.1.mlp.up_proj": float("inf")}}, {}, "lacks the scales"),
@@ -212,6 +213,137 @@ def test_damaged_files_are_refused(saved, config, tensors, message):
     with pytest.raises(CaloraError, match=message):
         cx.load_adapter(model, directory, "chat")
     assert cx.list_adapters(model) == []
+
+
+# -- int8 --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(saved, tmp_path):
+    """The directory of the adapter with its recovery half in int8."""
+    cx.save_adapter(saved[0], "chat", tmp_path / "small", dtype=torch.bfloat16, recovery_dtype=torch.int8)
+    return tmp_path / "small"
+
+
+def rounded(f):
+    """By numbers: each row of D and each column of U to 127 steps of its largest magnitude."""
+
+    def rows(m):
+        step = m.double().abs().amax(1, keepdim=True) / 127
+        return (m.double() / step).round() * step
+
+    return rows(f.down), rows(f.up.t()).t()
+
+
+def test_int8_is_rounding_to_nearest_and_takes_a_byte_a_parameter(saved, small):
+    halves = read_recovery(saved[1]).factors, read_recovery(small).factors
+    for path, wide in halves[0].items():
+        narrow = halves[1][path]
+        assert isinstance(narrow, Int8Factors) and narrow.scale == wide.scale and narrow.rank == wide.rank
+        for ours, want in zip((narrow.down, narrow.up), rounded(wide), strict=True):
+            torch.testing.assert_close(ours.double(), want, rtol=1e-6, atol=1e-6)
+    stored = load_file(small / "recovery_model.safetensors")
+    ranks = [(3, o + i) for o, i in SITES.values()]
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == sum(r * n + 2 * 4 * r for r, n in ranks)
+    assert {t.dtype for t in load_file(small / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    PeftModel.from_pretrained(llama(), small)  # the LoRA half, as ever
+
+
+def test_an_int8_adapter_comes_back_bit_for_bit_without_being_asked_to(small, tmp_path):
+    model = student()
+    cx.load_adapter(model, small, "chat")
+    cx.save_adapter(model, "chat", tmp_path / "again", dtype=torch.bfloat16)
+    for name in ("recovery_model.safetensors", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes()
+    cx.save_adapter(model, "chat", tmp_path / "wide", recovery_dtype=torch.float32)
+    again = student()
+    cx.load_adapter(again, tmp_path / "wide", "chat")
+    for m in (model, again):
+        cx.set_adapter(m, "chat")
+    assert torch.equal(logits(again), logits(model)) and not isinstance(read_recovery(tmp_path / "wide").factors[SITE], Int8Factors)
+
+
+def held(model, name):
+    """Bytes that the recovery half of an adapter takes in memory, operands of inference included."""
+    total = 0
+    for bank in adapter_banks(model, name).values():
+        entry = bank._resident[name]
+        parts = [t for t in vars(entry.recovery).values() if isinstance(t, torch.Tensor)] + [t for t in entry.ready or () if isinstance(t, torch.Tensor)]
+        total += sum(t.numel() * t.element_size() for t in parts)
+    return total
+
+
+def test_int8_stays_int8_in_memory_until_it_acts(saved, small):
+    model = student()
+    cx.load_adapter(model, small, "chat")
+    cx.load_adapter(model, saved[1], "wide")
+    want = sum(3 * (o + i) + 2 * 4 * 3 for o, i in SITES.values())
+    plain = logits(model)
+    assert held(model, "chat") == want < held(model, "wide") / 4
+    for leave in (lambda: cx.set_adapter(model, "wide"), lambda: cx.disable_adapters(model), lambda: cx.set_adapter(model, ["chat", "wide"])):
+        cx.set_adapter(model, "chat")
+        assert held(model, "chat") > want and not torch.equal(logits(model), plain)
+        leave()
+        assert held(model, "chat") == want
+    cx.delete_adapter(model, "chat")
+
+
+def test_an_int8_adapter_trains_on_in_float(small):
+    model = student()
+    cx.load_adapter(model, small, "chat")
+    cx.set_adapter(model, "chat")
+    before = logits(model)
+    for bank in adapter_banks(model, "chat").values():
+        assert all(p.dtype == torch.float32 for p in bank.train_adapter("chat"))
+    torch.testing.assert_close(logits(model), before)
+    for bank in adapter_banks(model, "chat").values():
+        bank.finish_training("chat")
+        assert isinstance(bank.branches("chat")[1], Factors)
+    model.double().float()
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_a_row_of_zeros_and_a_single_outlier():
+    down = torch.tensor([[0.0, 0.0, 0.0], [1e-30, 0.0, 2e-30], [5.0, -0.01, 0.03]])
+    f = Int8Factors.of(Factors(down, torch.ones(2, 3), 1.0))
+    assert not f.down[0].any() and f.down_codes[2].tolist() == [127, 0, 1] and torch.allclose(f.down[1], down[1], rtol=0.01)
+    assert torch.equal(Int8Factors.of(f).down_codes, f.down_codes)
+
+
+SITE = A.removesuffix(".recovery_A.weight")
+SCALES = f"{SITE}.recovery_scales"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "message"),
+    [
+        ({"weights": None}, {}, "do not belong to format_version 2"),
+        ({"weights": ["int8"]}, {}, "do not belong to format_version 2"),
+        ({"weights": "int4"}, {}, "do not belong to format_version 2"),
+        ({"format_version": 3}, {}, "update calora_ext"),
+        ({"weights": None, "format_version": 1}, {}, "expected floating point"),
+        ({}, {SCALES: None}, "incomplete"),
+        ({}, {SCALES: torch.ones(2, 4)}, "needs"),
+        ({}, {SCALES: torch.ones(2, 3, dtype=torch.float16)}, "float32 scales"),
+        ({}, {SCALES: torch.full((2, 3), float("nan"))}, "NaN or infinite"),
+        ({}, {SCALES: torch.full((2, 3), 3e38)}, "too large"),
+        ({}, {A: torch.zeros(3, 32)}, "int8 codes"),
+        ({}, {A: torch.zeros(4, 32, dtype=torch.int8)}, "needs"),
+        ({}, {A: torch.zeros(3, 31, dtype=torch.int8)}, "another model"),
+        ({}, {A: torch.zeros(3, 32, dtype=torch.uint8)}, "or int8"),
+        ({"parameters": [A]}, {}, "lacks replaced parameters"),
+    ],
+    ids=lambda v: str(v)[:30],
+)
+def test_damaged_int8_files_are_refused(small, config, tensors, message):
+    test_damaged_files_are_refused((None, small), config, tensors, message)
+
+
+@pytest.mark.parametrize("dtypes", [{"dtype": torch.int8}, {"recovery_dtype": torch.int32}, {"dtype": torch.uint8, "recovery_dtype": torch.int8}])
+def test_other_dtypes_are_refused(saved, tmp_path, dtypes):
+    with pytest.raises(CaloraError, match="cannot be stored in torch"):
+        cx.save_adapter(saved[0], "chat", tmp_path / "no", **dtypes)
+    assert not (tmp_path / "no").exists()
 
 
 def test_missing_and_truncated_files_are_refused(saved):

@@ -18,7 +18,7 @@ from ..errors import CaloraError
 from ..io.peft_adapter import CONFIG_NAME, LoraAdapter, read_adapter
 from ..io.recovery import has_recovery, read_recovery
 from ..linear import CompressedLinear
-from ..lowrank import Factors
+from ..lowrank import Branch, Factors
 from .config import Lora, Recovery, Sites, matches
 
 _HEADS = ("score", "classifier")  # what PEFT's SEQ_CLS trains in full beside the LoRA
@@ -103,7 +103,7 @@ class Inherited:
     """What an adapter directory holds. digest: of its files."""
 
     lora: LoraAdapter
-    recovery: dict[str, Factors]
+    recovery: dict[str, Branch]
     digest: str
 
 

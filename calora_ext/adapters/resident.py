@@ -24,7 +24,7 @@ from ..io.files import write_together
 from ..io.peft_adapter import LoraAdapter, is_target
 from ..io.recovery import RecoveryAdapter, compare_bases, fingerprint
 from ..linear import CompressedLinear
-from ..lowrank import Factors, LowRankBank
+from ..lowrank import Branch, Factors, Int8Factors, LowRankBank
 
 _STATE = "_calora_adapters"
 
@@ -170,11 +170,19 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     del state.resident[adapter_name]
 
 
-def save_adapter(model: nn.Module, adapter_name: str, directory: str | os.PathLike, dtype: torch.dtype = torch.float32) -> None:
+def save_adapter(
+    model: nn.Module, adapter_name: str, directory: str | os.PathLike, dtype: torch.dtype = torch.float32,
+    recovery_dtype: torch.dtype | None = None,
+) -> None:  # fmt: skip
     """Write an adapter, never the base: a PEFT directory for the *dense* model, and the recovery half beside it.
 
-    dtype: what LoRA and recovery are stored in. An adapter in training is saved as it is at this moment.
+    dtype: what LoRA and recovery are stored in. recovery_dtype: of the recovery alone, where it differs: ``torch.int8`` takes a byte
+    a parameter, on disk and, once loaded from there, in memory while the adapter does not act. An adapter that is in int8 stays so, bit
+    for bit, unless recovery_dtype says otherwise. An adapter in training is saved as it is at this moment.
     """
+    for which in (dtype, dtype if recovery_dtype in (None, torch.int8) else recovery_dtype):
+        if which not in peft_adapter.FLOATS:
+            raise CaloraError(f"an adapter cannot be stored in {which}; choose a floating-point dtype, or recovery_dtype=torch.int8")
     entry = state_of(model).get(adapter_name)
     lora, recovered = branches_of(entry, adapter_name)
     full = {f"{path}.{key}": p for path, module in entry.modules.items() for key, p in module.named_parameters(recurse=False)}
@@ -187,7 +195,9 @@ def save_adapter(model: nn.Module, adapter_name: str, directory: str | os.PathLi
         stale += [peft_adapter.CONFIG_NAME, peft_adapter.WEIGHTS_NAME]
     if recovered:
         base = fingerprint(model) if entry.base is None else entry.base
-        writers |= recovery.recovery_writers(RecoveryAdapter(recovered, base, {} if lora else full), dtype)
+        if recovery_dtype is None:
+            recovery_dtype = torch.int8 if all(isinstance(f, Int8Factors) for f in recovered.values()) else dtype
+        writers |= recovery.recovery_writers(RecoveryAdapter(recovered, base, {} if lora else full), recovery_dtype)
     else:
         stale += [recovery.CONFIG_NAME, recovery.WEIGHTS_NAME]
     write_together(directory, writers, stale)
@@ -287,7 +297,7 @@ def _restore(model: nn.Module, state: _State) -> None:
 # -- loading --------------------------------------------------------------------------------------------------------------
 
 
-def install(model: nn.Module, name: str, adapter: LoraAdapter, recovered: dict[str, Factors], base: dict | None = None) -> None:
+def install(model: nn.Module, name: str, adapter: LoraAdapter, recovered: dict[str, Branch], base: dict | None = None) -> None:
     """Make an adapter resident: everything of it, or, where something does not fit, nothing."""
     state = state_of(model)
     if not isinstance(name, str) or not name:
@@ -362,7 +372,7 @@ def _replacements(model: nn.Module, adapter: str, full: dict[str, Tensor]) -> di
     return modules
 
 
-def branches_of(entry: _Resident, name: str) -> tuple[dict[str, Factors], dict[str, Factors]]:
+def branches_of(entry: _Resident, name: str) -> tuple[dict[str, Factors], dict[str, Branch]]:
     """LoRA and recovery of an adapter, by module path."""
     both = {path: bank.branches(name) for path, bank in entry.banks.items()}
     return {p: b[0] for p, b in both.items() if b[0] is not None}, {p: b[1] for p, b in both.items() if b[1] is not None}

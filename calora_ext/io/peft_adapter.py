@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,7 @@ _VARIANT = re.compile(r"use_.*|.*_config")  # how PEFT names what makes another 
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.(?P<what>weight|bias)")
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass
@@ -220,7 +221,7 @@ def check_config(config: dict, where: object) -> None:
         raise CaloraError(f"{where}: layers_to_transform must be a layer number or a list of them, got {layers!r}")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, dtypes: Collection[torch.dtype] = FLOATS) -> dict[str, Tensor]:
     """Every tensor of a safetensors file. Raises CaloraError for a damaged file, other dtypes, or values that are not finite."""
     if not path.is_file():
         pickled = path.with_suffix(".bin").is_file()
@@ -232,8 +233,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise CaloraError(f"{path} is not a whole safetensors file: {error}") from error
     for key, tensor in tensors.items():
-        if tensor.dtype not in _FLOATS:
-            raise CaloraError(f"{path}: tensor {key} is {tensor.dtype}; expected floating point")
+        if tensor.dtype not in dtypes:
+            raise CaloraError(f"{path}: tensor {key} is {tensor.dtype}; expected floating point{' or int8' if torch.int8 in dtypes else ''}")
         if not torch.isfinite(tensor).all():
             raise CaloraError(f"{path}: tensor {key} holds NaN or infinite values; the file is damaged or training diverged")
     return tensors

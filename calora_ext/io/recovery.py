@@ -1,7 +1,8 @@
 """The recovery half of an adapter, beside its PEFT half: ``recovery_config.json`` + ``recovery_model.safetensors``.
 
 Recovery modules (CA-LoRA, arXiv 2307.07705) make up for what one particular compression lost, so their config carries a
-fingerprint of the base that they were trained on.
+fingerprint of the base that they were trained on. In int8 (config: ``"weights": "int8"``) a module has a third tensor, the scales
+of ``lowrank.Int8Factors``; the LoRA half beside it stays in floating point, which is all that stock PEFT loads.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaloraError
-from ..lowrank import Factors
+from ..lowrank import Branch, Int8Factors
 from .files import Writers, is_number, json_writer, read_json, save_tensors
-from .peft_adapter import float32_factors, read_tensors
+from .peft_adapter import FLOATS, float32_factors, read_tensors
 
 CONFIG_NAME = "recovery_config.json"
 WEIGHTS_NAME = "recovery_model.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {None: 1, "int8": 2}  # by the config's "weights": what an older version cannot read it refuses
 ACTIVATION = "gelu"  # erf, on the rank, between down and up
 
-_KEY = re.compile(r"(?P<path>.+)\.recovery_(?P<side>[AB])\.weight")
+_KEY = re.compile(r"(?P<path>.+)\.recovery_(?P<part>A\.weight|B\.weight|scales)")
 
 
 @dataclass
@@ -33,7 +34,7 @@ class RecoveryAdapter:
     """factors: the branch of each module, by module path. base: :func:`fingerprint` of the model it was trained on. full:
     replaced parameters (a classification head) of an adapter that has no PEFT half to keep them, by parameter path."""
 
-    factors: dict[str, Factors]
+    factors: dict[str, Branch]
     base: dict = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
 
@@ -46,11 +47,14 @@ def read_recovery(directory: str | os.PathLike) -> RecoveryAdapter:
     """Read the recovery half of an adapter directory. Raises CaloraError for anything that is not whole."""
     directory = Path(directory)
     config = read_json(directory / CONFIG_NAME)
-    if config.get("format_version") != FORMAT_VERSION:
+    version, weights = config.get("format_version"), config.get("weights")
+    if version not in FORMAT_VERSIONS.values():
         raise CaloraError(
-            f"{directory / CONFIG_NAME} has format_version {config.get('format_version')!r}, this version reads {FORMAT_VERSION}; "
+            f"{directory / CONFIG_NAME} has format_version {version!r}, this version reads {max(FORMAT_VERSIONS.values())}; "
             "update calora_ext"
         )
+    if (weights, version) not in list(FORMAT_VERSIONS.items()):
+        raise CaloraError(f"{directory / CONFIG_NAME}: weights {weights!r} do not belong to format_version {version}; the file is damaged")
     if config.get("activation") != ACTIVATION:
         raise CaloraError(f"{directory / CONFIG_NAME}: activation {config.get('activation')!r} is not supported; only {ACTIVATION} is")
     scales, base, parameters = config.get("scales"), config.get("base"), config.get("parameters", [])
@@ -58,39 +62,60 @@ def read_recovery(directory: str | os.PathLike) -> RecoveryAdapter:
         raise CaloraError(f"{directory / CONFIG_NAME} lacks the scales of its modules; the file is damaged")
     if not isinstance(base, dict) or not isinstance(parameters, list):
         raise CaloraError(f"{directory / CONFIG_NAME} lacks the base that it belongs to; the file is damaged")
+    int8 = weights == "int8"
     halves: dict[str, dict[str, Tensor]] = {}
     full = {}
-    for key, tensor in read_tensors(directory / WEIGHTS_NAME).items():
+    for key, tensor in read_tensors(directory / WEIGHTS_NAME, (*FLOATS, torch.int8) if int8 else FLOATS).items():
         match = _KEY.fullmatch(key)
-        if key in parameters:
+        if key in parameters and tensor.dtype != torch.int8:
             full[key] = tensor
             continue
         if not match:
             raise CaloraError(f"{directory / WEIGHTS_NAME}: tensor {key} is no part of a recovery module; the file is damaged")
-        halves.setdefault(match["path"], {})[match["side"]] = tensor
+        halves.setdefault(match["path"], {})[match["part"]] = tensor
+    needed = {"A.weight", "B.weight", "scales"} if int8 else {"A.weight", "B.weight"}
     for path in sorted(halves.keys() | scales.keys()):
-        if set(halves.get(path, ())) != {"A", "B"} or path not in scales:
+        if set(halves.get(path, ())) != needed or path not in scales:
             raise CaloraError(f"{directory}: the recovery module of {path} is incomplete; the files are damaged or do not belong together")
     if len(full) != len(parameters):
         raise CaloraError(f"{directory}: {WEIGHTS_NAME} lacks replaced parameters that {CONFIG_NAME} lists; the file is damaged")
-    factors = {path: float32_factors(half["A"], half["B"], float(scales[path])) for path, half in halves.items()}
+    make = _int8_factors if int8 else float32_factors
+    factors = {}
+    for path, half in halves.items():
+        try:
+            factors[path] = make(half["A.weight"], half["B.weight"], float(scales[path]), *([half["scales"]] if int8 else []))
+        except CaloraError as error:
+            raise CaloraError(f"{directory / WEIGHTS_NAME}: {path}: {error}") from None
     return RecoveryAdapter(factors, base, full)
 
 
+def _int8_factors(down: Tensor, up: Tensor, scale: float, scales: Tensor) -> Int8Factors:
+    """Copied, so that they do not map the file."""
+    if not torch.isfinite(127 * scales).all():
+        raise CaloraError("its scales are too large for float32; the file is damaged")
+    return Int8Factors(down.clone(), up.clone(), scales.clone(), scale)
+
+
 def recovery_writers(recovery: RecoveryAdapter, dtype: torch.dtype) -> Writers:
-    """The two files of the recovery half, for ``write_together``."""
+    """The two files of the recovery half, for ``write_together``. dtype: int8, or what its tensors are cast to."""
     tensors = dict(recovery.full)
+    int8 = dtype == torch.int8
     for path, f in recovery.factors.items():
-        tensors[f"{path}.recovery_A.weight"] = f.down.to(dtype)
-        tensors[f"{path}.recovery_B.weight"] = f.up.to(dtype)
+        if int8:
+            f = Int8Factors.of(f)
+            tensors[f"{path}.recovery_scales"] = f.scales
+        tensors[f"{path}.recovery_A.weight"] = f.down_codes if int8 else f.down.to(dtype)
+        tensors[f"{path}.recovery_B.weight"] = f.up_codes if int8 else f.up.to(dtype)
     tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     config = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS["int8" if int8 else None],
         "activation": ACTIVATION,
         "scales": {path: f.scale for path, f in recovery.factors.items()},
         "parameters": sorted(recovery.full),
         "base": recovery.base,
     }
+    if int8:
+        config["weights"] = "int8"
     return {WEIGHTS_NAME: lambda path: save_tensors(tensors, path), CONFIG_NAME: json_writer(config)}
 
 
