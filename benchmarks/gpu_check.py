@@ -11,17 +11,20 @@ each comes with the bytes read and the fraction of the read ceiling measured in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
+import os
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_models
 import torch
+from gpu_speed import BANK, BY_ROW, CUBLAS, EAGER, INT4, PEFT, SPEED_SHAPES, beside, capture, ceilings, speed_rows
 from torch import Tensor
 
 from calora_ext import WeightFormat, ops
@@ -32,11 +35,6 @@ from calora_ext.tables import table
 FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 128), WeightFormat("int4", -1), WeightFormat("int4", 64, symmetric=False),
            WeightFormat("int8"), WeightFormat("bf16"), WeightFormat("nf4", 64), WeightFormat("nf4", -1),
            *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 32), ("int4", 128), ("nf4", 96), ("int8",), ("bf16",)))]  # fmt: skip
-SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("nf4", 64), WeightFormat("int8"), WeightFormat("bf16"),
-                 *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 128), ("bf16",)))]  # fmt: skip
-INT4, BANK, BY_ROW = "int4 g128", "int4 g128 + LoRA 16 + recovery 64", "int4 g128, 8 banks for 8 rows"
-CUBLAS, PEFT = "cuBLAS bf16", "cuBLAS bf16 + LoRA as PEFT computes it"
-EAGER = ", eager"
 # Targets: at most so many us (in, out); or, over M and shapes, at least so many times as fast as a peer.
 MICROSECONDS = {(8192, 8192): 12.5, (8192, 28672): 34.0}  # INT4, M = 1 and 8
 SPEED_UPS = [
@@ -48,11 +46,8 @@ OF_ONE_ROW = 0.9  # at M = 16, of the speed-up of INT4 over CUBLAS at M = 1
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
-SPEED_SHAPES = ((8192, 8192), (8192, 28672), (4096, 14336))  # (in, out)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative, Frobenius, of fused results
 PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}  # torch's own products of rounded weights
-COPIES_BYTES = 256 << 20  # rotate weights through this much: several times any L2
-GRAPH_CALLS = 32  # in a graph that is timed, so that its own start counts for little
 
 
 def sparse_mask(fmt: WeightFormat, out: int, in_: int, device: str = "cpu", seed: int = 0) -> Tensor | None:
@@ -64,25 +59,6 @@ def sparse_mask(fmt: WeightFormat, out: int, in_: int, device: str = "cpu", seed
         return noise[:, :in_] < 0.5
     groups = noise.view(out, -1, 4)
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.argsort(-1)[..., :2], True).view(out, -1)[:, :in_]
-
-
-def random_weight(fmt: WeightFormat, in_: int, out: int) -> list[Tensor]:
-    """Packed tensors of a layer in CUDA order, made on the GPU of random bytes: what they decode to does not matter for speed, but
-    zeros would take less power than weights do. The bits and offsets of an unstructured weight are true, half of them set."""
-    shapes = fmt.tensors(in_, out)
-    tensors = {name: torch.empty(torch.Size(shape).numel(), dtype=torch.uint8, device="cuda").random_() for name, shape in shapes.items()}
-    if fmt.pattern == "unstructured":
-        g = fmt.geometry(in_, out)
-        words = tensors["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes].reshape(-1, 128)
-        counts = torch.stack([words >> i & 1 for i in range(8)]).sum((0, 2))  # of each chunk
-        bits = {"int4": 4, "int8": 8, "bf16": 16}[fmt.values]
-        ends = ((counts * bits + 63) // 64).cumsum(0)  # in units of 8 bytes
-        starts = torch.cat((ends.new_zeros(1), ends[:-1])).int().view(torch.uint8)
-        tensors["offsets"][: starts.numel()] = starts
-        extent = -(-(int(ends[-1]) * 8 + 128 * bits + 64) // 64) * 64
-        tensors["kept"] = torch.empty(extent, dtype=torch.uint8, device="cuda").random_().view(-1, 16)
-    tensors["packed"] = tensors["packed"].view(-(-out // 32), -1, 16)
-    return list(tensors.values())
 
 
 @functools.cache
@@ -172,14 +148,14 @@ def backward(device: str) -> dict:
     return {"failed": failed}
 
 
-def adapters_by_row() -> dict:
+def adapters_by_row(device: str) -> dict:
     """Rows of x that take one of three banks each, or none: fused and decoded, against float64."""
     failed = []
     for m in (8, 40, 100):
-        case = Case(WeightFormat("int4", 128), m, 1024, 512, 0, 0, torch.bfloat16, "cuda", seed=m)
-        down, up = torch.randn(3, 24, 1024, device="cuda") / 32, torch.randn(3, 512, 24, device="cuda")
+        case = Case(WeightFormat("int4", 128), m, 1024, 512, 0, 0, torch.bfloat16, device, seed=m)
+        down, up = torch.randn(3, 24, 1024, device=device) / 32, torch.randn(3, 512, 24, device=device)
         down, up = down.bfloat16(), up.bfloat16()
-        rows = torch.randint(-1, 3, (m,), device="cuda")
+        rows = torch.randint(-1, 3, (m,), device=device)
         y = ops.linear(case.x, case.packed, case.fmt, 1024, 512, case.bias, down, torch.stack([ops.tile_up(u) for u in up]), 8, "exact", rows)
         want = case.wanted()
         for i, adapter in enumerate(rows.tolist()):
@@ -215,15 +191,11 @@ def adapter_switch(device: str) -> dict:
         for one in (case, other):
             if not torch.equal(compiled(case.x, one.down, one.up), one.run()):
                 failed.append("a compiled call with another adapter gives another result")
-    if device == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        case.run()
-        with torch.cuda.graph(graph):
-            y = case.run()
-        case.down.copy_(other.down), case.up.copy_(other.up)
-        graph.replay()
-        if not torch.equal(y, other.run()):
-            failed.append("a graph does not follow an adapter that was copied in")
+    graph, y = capture(case.run, device)
+    case.down.copy_(other.down), case.up.copy_(other.up)
+    graph.replay()
+    if not torch.equal(y, other.run()):
+        failed.append("a graph does not follow an adapter that was copied in")
     return {"failed": failed}
 
 
@@ -246,7 +218,7 @@ def module_moves(device: str) -> dict:
     return {"failed": failed}
 
 
-def graphs_and_streams() -> dict:
+def graphs_and_streams(device: str, repeats: int = 1000) -> dict:
     """Capture and replay with changed inputs, a stream of one's own, and 1000 runs that must not differ in a bit."""
 
     def same(a: Tensor, b: Tensor) -> bool:  # beyond 64 rows it is torch's product, whose bits may depend on the stream
@@ -256,27 +228,26 @@ def graphs_and_streams() -> dict:
     patterns = [WeightFormat("int4", 128, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")]
     others = [WeightFormat("nf4", 64), WeightFormat("nf4", 64, pattern="unstructured"), WeightFormat("int8"), WeightFormat("bf16", pattern="2:4")]
     for m, fmt in (*((m, patterns[0]) for m in (1, 8, 40, 100)), *((8, fmt) for fmt in (*patterns[1:], *others))):
-        case = Case(fmt, m, 1024, 512, 80, 16, torch.bfloat16, "cuda")
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            on_stream = case.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        if not same(on_stream, case.run()):
+        case = Case(fmt, m, 1024, 512, 80, 16, torch.bfloat16, device)
+        if not same(beside(case.run, device), case.run()):
             failed.append(f"{fmt} m={m}: another result on another stream")
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = case.run()
+        graph, y = capture(case.run, device)
         case.x.copy_(torch.randn(m, 1024))
         graph.replay()
         if not same(y, case.run()):
             failed.append(f"{fmt} m={m}: a replayed graph gives another result")
-        first, different = y.clone(), torch.zeros((), device="cuda", dtype=torch.int64)
-        for _ in range(1000):
+        # Two inputs in turn: a kernel that read t before it was there would find that of the other.
+        inputs, wanted, different = [case.x.clone(), torch.randn_like(case.x)], [], torch.zeros((), device=device, dtype=torch.int64)
+        for x in inputs:
+            case.x.copy_(x)
             graph.replay()
-            different += (y != first).any()
+            wanted.append(y.clone())
+        for i in range(repeats):
+            case.x.copy_(inputs[i % 2])
+            graph.replay()
+            different += (y != wanted[i % 2]).any()
         if int(different):
-            failed.append(f"{fmt} m={m}: {int(different)} of 1000 runs differ")
+            failed.append(f"{fmt} m={m}: {int(different)} of {repeats} runs differ")
     return {"failed": failed}
 
 
@@ -300,117 +271,7 @@ def checkers(seconds: float) -> dict:
     return result
 
 
-# -- speed -------------------------------------------------------------------------------------------------------------------
-
-
-def timed(calls: list[Callable[[], object]], rounds: int = 30) -> float:
-    """Seconds of one call: the median replay of a graph of all of them, as often as it takes, divided by their number."""
-    calls = calls * -(-GRAPH_CALLS // len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return timed_eager([graph.replay], rounds) / len(calls)
-
-
-def timed_eager(calls: list[Callable[[], object]], rounds: int = 30) -> float:
-    """Seconds of one call, launches included."""
-    samples = []
-    for i in range(rounds + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            samples.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(samples) / len(calls)
-
-
-def ceilings() -> dict:
-    """Bytes per second of a copy (read + written) and of a read-only stream; FLOP/s of a bf16 matrix product."""
-    size = min(4 << 30, torch.cuda.get_device_properties(0).total_memory // 8) // 4096 * 4096
-    source, target = torch.empty(size, dtype=torch.uint8, device="cuda").random_(), torch.empty(size, dtype=torch.uint8, device="cuda")
-    copy = 2 * size / timed_eager([lambda: target.copy_(source)], 10)
-    read = size / timed_eager([lambda: torch.ops.calora.read(source)], 10)
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = 2 * n**3 / timed_eager([lambda: a @ b], 10)
-    return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "bf16_flop_per_s": product}
-
-
-def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float) -> None:
-    """One shape and M: our formats with and without the bank, and the peers. Every weight has adapters of its own."""
-    dtype, lora, recovery = torch.bfloat16, 16, 64
-    x = torch.randn(m, in_, device="cuda", dtype=dtype)
-    bank_bytes = 2 * (lora + recovery) * (in_ + out)
-
-    def add(name: str, seconds: float, nbytes: int) -> None:
-        row = {"in": in_, "out": out, "m": m, "what": name, "seconds": seconds, "bytes": nbytes, "of_read_ceiling": nbytes / seconds / read}
-        rows.append(row)
-        print(f"  {out} x {in_}  m={m:<4} {name:40} {seconds * 1e6:9.1f} us  {row['of_read_ceiling']:.2f} of the read ceiling")
-
-    def ours(w: list[Tensor], fmt: WeightFormat, *bank) -> Tensor:
-        return ops.linear(x, w, fmt, in_, out, *bank)
-
-    def copies(nbytes: int) -> int:
-        return max(4, -(-COPIES_BYTES // nbytes))
-
-    def random_bank() -> tuple[Tensor, Tensor]:
-        down = torch.randn(lora + recovery, in_, device="cuda", dtype=dtype) / in_**0.5
-        return down, ops.tile_up(torch.randn(out, lora + recovery, device="cuda", dtype=dtype))
-
-    for fmt in SPEED_FORMATS:
-        weights = [random_weight(fmt, in_, out)]
-        nbytes = sum(t.numel() for t in weights[0])
-        weights += [random_weight(fmt, in_, out) for _ in range(copies(nbytes) - 1)]
-        banks = [(None, *random_bank(), lora) for _ in weights]
-        add(f"{fmt}", timed([lambda w=w, fmt=fmt: ours(w, fmt) for w in weights]), nbytes)
-        with_bank = [lambda w=w, fmt=fmt, bank=bank: ours(w, fmt, *bank) for w, bank in zip(weights, banks, strict=True)]
-        add(f"{fmt} + LoRA 16 + recovery 64", timed(with_bank), nbytes + bank_bytes)
-        if str(fmt) == INT4:
-            add(BANK + EAGER, timed_eager(with_bank), nbytes + bank_bytes)
-        if str(fmt) == INT4 and m == 8:
-            stacks = [(None, *(torch.stack(many) for many in zip(*(random_bank() for _ in range(8)), strict=True)), lora, "exact", torch.arange(8, device="cuda")) for _ in weights]
-            add(BY_ROW, timed([lambda w=w, fmt=fmt, stack=stack: ours(w, fmt, *stack) for w, stack in zip(weights, stacks, strict=True)]), nbytes + 8 * bank_bytes)
-    dense = [torch.randn(out, in_, device="cuda", dtype=dtype) for _ in range(copies(2 * in_ * out))]
-    nbytes = 2 * in_ * out
-    add(CUBLAS, timed([lambda w=w: torch.nn.functional.linear(x, w) for w in dense]), nbytes)
-    adapters = [(torch.randn(lora, in_, device="cuda") / in_**0.5, torch.randn(out, lora, device="cuda")) for _ in dense]
-
-    def with_lora(w: Tensor, a: Tensor, b: Tensor) -> Tensor:  # what peft.tuners.lora.Linear does in eval mode with its fp32 adapters
-        y = torch.nn.functional.linear(x, w)
-        return (y + (x.float() @ a.t() @ b.t()) * 2.0).to(dtype)
-
-    calls = [lambda w=w, a=a, b=b: with_lora(w, a, b) for w, (a, b) in zip(dense, adapters, strict=True)]
-    add(PEFT, timed(calls), nbytes + 4 * lora * (in_ + out))
-    add(PEFT + EAGER, timed_eager(calls), nbytes + 4 * lora * (in_ + out))
-    del dense, calls
-    try:
-        codes = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8, device="cuda")
-        n = copies(in_ * out // 2)
-        packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n)]
-        scales = torch.ones(in_ // 128, out, 2, device="cuda", dtype=dtype)
-        add("torch _weight_int4pack_mm g128", timed([lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in packed]), in_ * out // 2)
-    except Exception as error:
-        print(f"  _weight_int4pack_mm: left out ({str(error).splitlines()[0][:100]})")
-    try:
-        import bitsandbytes as bnb
-
-        layers = [bnb.nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device="cuda").to("cuda") for _ in range(copies(in_ * out // 2))]
-        with torch.no_grad():
-            add("bitsandbytes nf4", timed([lambda w=w: w(x) for w in layers]), in_ * out // 2)
-    except ImportError:
-        print("  bitsandbytes: left out (not installed)")
-    except Exception as error:
-        print(f"  bitsandbytes: left out ({str(error).splitlines()[0][:100]})")
+# -- results -----------------------------------------------------------------------------------------------------------------
 
 
 def goals(by: dict[tuple[int, int, int, str], float]) -> list[tuple[str, str, str, str, str, str]]:
@@ -462,6 +323,14 @@ def summary(results: dict) -> str:
     return text
 
 
+def try_speed() -> None:
+    """Every call that would be timed, once, small, on the CPU."""
+    ceilings(4096, 64, "cpu")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        for m in (1, 8):
+            speed_rows(256, 64, m, [], float("nan"), "cpu")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
@@ -472,7 +341,8 @@ def main() -> int:
     if options.dry_run:
         print("Dry run: no GPU is used, nothing is measured, no result is written. The cases run on the CPU kernels.")
         parts = {"correctness": correctness("cpu", small=True), "backward": backward("cpu"), "opcheck": opcheck("cpu"),
-                 "adapter switch": adapter_switch("cpu")}
+                 "adapter switch": adapter_switch("cpu"), "modules": module_moves("cpu"), "graphs": graphs_and_streams("cpu", 4), **{name: part("cpu") for name, part in gpu_models.STAGES.items()}}
+        try_speed()
         print(summary(parts))
         return any(part["failed"] for part in parts.values())
     if not torch.cuda.is_available():
@@ -494,8 +364,8 @@ def main() -> int:
 
     stages: dict[str, Callable[[], dict]] = {
         "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
-        "adapters by row": adapters_by_row, "adapter switch": lambda: adapter_switch("cuda"),
-        "modules": lambda: module_moves("cuda"), "graphs": graphs_and_streams, "checkers": lambda: checkers(min(120, left() / 3)),
+        "adapters by row": lambda: adapters_by_row("cuda"), "adapter switch": lambda: adapter_switch("cuda"),
+        "modules": lambda: module_moves("cuda"), **{name: lambda part=part: part("cuda") for name, part in gpu_models.STAGES.items()}, "graphs": lambda: graphs_and_streams("cuda"), "checkers": lambda: checkers(min(120, left() / 3)),
     }  # fmt: skip
     for name, stage in stages.items():
         if left() < 10:

@@ -1,13 +1,19 @@
 """benchmarks/gpu_check.sh as far as a machine without a GPU can tell: its arguments, its dry run, its table."""
 
+import contextlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gpu_check
+import gpu_speed
 import pytest
 import torch
+
+from calora_ext.formats.cuda_order import in_cuda_order
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,6 +41,92 @@ def test_dry_run_checks_the_cases_and_writes_nothing(tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert "no GPU is used" in printed and "correctness" in printed and "us" not in printed.split()
     assert not list(tmp_path.iterdir())
+
+
+def test_random_weights_have_the_shapes_of_the_gpu():
+    """By which the operators tell CUDA order from the CPU's; made on the CPU here."""
+    for fmt in gpu_speed.SPEED_FORMATS:
+        tensors = dict(zip(fmt.tensors(256, 64), gpu_speed.random_weight(fmt, 256, 64, "cpu"), strict=True))
+        for name, tensor in gpu_speed.in_words(tensors, 64).items():
+            assert in_cuda_order(name, tensor) == (name != "offsets"), (fmt, name)
+
+
+def test_timing_on_a_pretended_gpu(monkeypatch):
+    """The lines that no dry run reaches: what they ask of torch.cuda, and how the numbers are put together."""
+    now, log = [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.timed = enable_timing
+
+        def record(self):
+            self.at = now[0]
+
+        def synchronize(self):
+            assert self.timed
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    class Graph:
+        def replay(self):
+            log.append("replay")
+            now[0] += 64.0  # ms
+
+    stream = SimpleNamespace(wait_stream=lambda other: log.append("wait"))
+    fakes = {"Event": Event, "CUDAGraph": Graph, "Stream": lambda: stream, "current_stream": lambda: stream,
+             "stream": lambda s: contextlib.nullcontext(), "graph": lambda g: contextlib.nullcontext()}  # fmt: skip
+    for name, fake in fakes.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, fake)
+    seconds = gpu_speed.timed([lambda: log.append("call")] * 3, rounds=5)
+    assert log.count("call") == 2 * 33 and log.count("replay") == 8 and log.count("wait") == 2
+    assert seconds == pytest.approx(0.064 / 33)
+
+
+def test_an_adapter_for_each_row_is_judged(monkeypatch):
+    """The CPU has no kernel for it: a slow layer in its place, right and wrong."""
+
+    def layer(shift):
+        def linear(x, packed, fmt, in_, out, bias, down, up, identity_rank, activations, rows):
+            dense = fmt.decode(dict(zip(fmt.tensors(in_, out), packed, strict=True)), in_, out)
+            rows = torch.where(rows >= 0, (rows + shift) % 3, rows)
+            return torch.ops.calora.dense_linear(x.float(), dense, bias.float(), down.float(), up.float(), identity_rank, rows).to(x.dtype)
+
+        return linear
+
+    monkeypatch.setattr(gpu_check.ops, "linear", layer(0))
+    assert not gpu_check.adapters_by_row("cpu")["failed"]
+    monkeypatch.setattr(gpu_check.ops, "linear", layer(1))
+    assert len(gpu_check.adapters_by_row("cpu")["failed"]) == 3
+
+
+def test_the_checkers_are_asked(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\n[ "$2" = racecheck ] && echo "Device not supported" || echo "ERROR SUMMARY: $5 ${6##*/}"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    said = gpu_check.checkers(20)
+    assert said["memcheck"].startswith("exit 0: ERROR SUMMARY") and said["memcheck"].endswith("gpu_check.py")
+    assert said["racecheck"] == "the tool refuses this device"
+
+
+def test_a_broken_stage_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
+    """The whole run, its stages replaced: what is written, what is said last, and the exit status."""
+    for name in ("correctness", "backward", "adapters_by_row", "adapter_switch", "module_moves", "graphs_and_streams", "checkers"):
+        monkeypatch.setattr(gpu_check, name, lambda *args, **options: {"failed": []})
+    monkeypatch.setattr(gpu_check.gpu_models, "STAGES", {"models": lambda device: {"failed": []}})
+    monkeypatch.setattr(gpu_check, "opcheck", lambda device: torch.zeros(2) + torch.zeros(3))
+    monkeypatch.setattr(gpu_check, "ceilings", lambda: {"read_bytes_per_s": 4e12})
+    monkeypatch.setattr(gpu_check, "speed_rows", lambda in_, out, m, rows, read: rows.append(
+        {"in": in_, "out": out, "m": m, "what": gpu_check.INT4, "seconds": 1e-5, "bytes": 4, "of_read_ceiling": 4 / 1e-5 / read}))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
+    assert gpu_check.main()
+    written = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert len(written["speed"]) == 15 and written["opcheck"]["failed"][0].startswith("RuntimeError") and not written["models"]["failed"]
+    assert "1 FAILED: RuntimeError" in (printed := capsys.readouterr().out) and printed.rstrip().splitlines()[-1].startswith("| 28672 x 8192")
 
 
 def test_a_wrong_result_fails_the_dry_run(monkeypatch):
