@@ -22,7 +22,7 @@ from .measure import copies_for, interleaved, last_level_cache
 from .recipe import Recipe
 
 DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("nf4", {}), ("int8", {}), ("bf16", {})))
-SPARSE = tuple(Recipe(weights=w, sparsity=s) for w, s in (("int4", "2:4"), ("int4", 0.5), ("int4", 0.7), ("int8", 0.7)))
+SPARSE = tuple(Recipe(weights=w, sparsity=s) for w, s in (("int4", "2:4"), ("int4", 0.5), ("int4", 0.7), ("int8", "2:4"), ("int8", 0.7), ("bf16", "2:4"), ("bf16", 0.7)))
 Forward = Callable[..., Tensor]  # (x) or, where the LoRA is fused, (x, down, up) -> y
 
 
@@ -158,10 +158,11 @@ def _calora(recipe: Recipe, weight: Tensor) -> Peer:
     out_features, in_features = weight.shape
     recipe = recipe.resolve(calibrated=False)
     stored = recipe.format()
-    packed, fmt = ops.as_it_runs(list(stored.pack(weight, recipe.mask(weight)).values()), stored, in_features, out_features)
+    tensors = list(stored.pack(weight, recipe.mask(weight)).values())
+    packed, fmt = ops.as_it_runs(tensors, stored, in_features, out_features)
 
-    def copy() -> Forward:
-        own = [t.clone() for t in packed]
+    def copy() -> Forward:  # what runs in another format is made again: it lies in larger pages than a clone would
+        own = [t.clone() for t in packed] if fmt is stored else ops.as_it_runs(tensors, stored, in_features, out_features)[0]
 
         def forward(x: Tensor, down: Tensor | None = None, up: Tensor | None = None) -> Tensor:
             rank = 0 if down is None else down.shape[0]

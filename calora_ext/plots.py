@@ -127,7 +127,7 @@ def roofline(path: Path, title: str, points: Mapping[str, Sequence[tuple[float, 
         text = f"roof: {bandwidth / 1e9:.1f} GB/s read from memory, {speed / 1e9:,.0f} GFLOP/s in the fastest product measured ({product})"
         axes.set_title(text, loc="left", fontsize=9)
         ours = [name for name in points if name.startswith("calora ")]
-        hues = [BLUE, ORANGE, GREEN, RED, "#56b4e9", "#cc79a7", "#f0e442", "#000000", GREY]
+        hues = [BLUE, ORANGE, GREEN, RED, "#56b4e9", "#cc79a7", "#f0e442", "#000000", GREY, "#882255", "#44aa99", "#999933"]
         shades, shapes_of_others = {name: hues[i % len(hues)] for i, name in enumerate(ours)}, "s^vDP*X<>"
         for i, (name, shapes) in enumerate(points.items()):
             reached = sorted(y / min(x * bandwidth, speed) for x, y in shapes)[len(shapes) // 2]
