@@ -91,6 +91,39 @@ def test_zero_pattern_from_training_to_the_loaded_model(recipe, trained, tmp_pat
     assert again.config.quantization_config.recipe == result.recipe
 
 
+@pytest.mark.parametrize("recipe", [
+    Recipe(weights="int4", sparsity=0.6, group_size=32), Recipe(weights="int8", sparsity="2:4"), Recipe(weights="nf4", sparsity=0.5, pruner="wanda"),
+    Recipe(weights="bf16", sparsity=0.7),
+], ids=lambda r: f"{r.weights} {r.sparsity}")  # fmt: skip
+def test_on_the_grid_packing_changes_nothing(recipe, trained, tmp_path):
+    model = make_llama()
+    result = adapt(model, recipe=recipe, on_grid=True)
+    assert result.recipe.rounding == "rtn" and result.run["on_grid"] is True
+    layers = sparse_layers(model)
+    dense = make_llama()
+    for name, layer in layers.items():
+        weight, mask = trained[name]
+        assert result.errors[name] == 0.0 and torch.equal(layer.decode(), weight) and torch.equal(mask_of(layer), mask)
+        dense.get_submodule(name).weight.data = weight
+    dense_again = make_llama()
+    model.save_pretrained(tmp_path / "out")
+    for name, layer in sparse_layers(cx.load(tmp_path / "out")).items():
+        dense_again.get_submodule(name).weight.data = layer.decode()
+    assert torch.equal(logits(dense_again), logits(dense))  # by the same arithmetic
+    cx.set_activations(model, "exact")
+    model.lm_head = dense.lm_head
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-3, atol=1e-3 if recipe.weights != "bf16" else 0.05)
+
+
+def test_training_on_the_grid_makes_the_packed_model_better():
+    """One scale per row, where rounding takes most."""
+    options = {"recipe": Recipe(weights="int4", group_size=-1, sparsity=0.5, rates="uniform"), "eval_data": TEXTS, "prunings": 1, "on_grid": True}
+    untrained, trained = (adapt(make_llama(), {"max_steps": steps}, **options) for steps in (0, 40))
+    assert trained.eval_packed["loss"] < untrained.eval_packed["loss"] - 0.1
+    for result in (untrained, trained):
+        assert result.eval_packed["loss"] == pytest.approx(result.eval_merged["loss"], abs=0.01)
+
+
 @pytest.mark.parametrize("rates", ["uniform", "arithmetic", "rmi", {"model.layers.0": 0.6}])
 def test_counts_are_exact_at_every_pruning(rates):
     model = make_llama()
@@ -182,11 +215,11 @@ def test_the_result_carries_adapters(tmp_path):
 # -- interruptions ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [0, 3, 4, 9])
-def test_resume_is_bit_identical(after, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("after", "on_grid"), [(0, False), (3, False), (4, False), (9, False), (3, True), (9, True)])
+def test_resume_is_bit_identical(after, on_grid, tmp_path, monkeypatch):
     """Killed after so many steps of 2 + 2 + 6, wherever that is; then resumed, against a run without interruption."""
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "save_total_limit": 1}
-    options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "distill": Distill(hidden={}, logits=1.0)}
+    options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "on_grid": on_grid, "distill": Distill(hidden={}, logits=1.0)}
     whole = adapt(want := make_llama(), **options)
     left, step = after, loop._step
 
@@ -270,6 +303,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
         ({"sparsity": 0.5, "recipe": Recipe(sparsity=0.5)}, "not both"), ({"recipe": Recipe()}, "keeps every weight"),
         ({"recipe": Recipe(sparsity=0.5, pruner="wanda"), "revive": True}, "revive=True has no meaning for pruner='wanda'"),
         ({"recipe": Recipe(sparsity=0.5, rates={"model.layers.9": 0.5})}, "rates names 'model.layers.9'"),
+        ({"recipe": Recipe(weights="int4", sparsity=0.5, rounding="gptq"), "on_grid": True}, "leave one of them out"),
         ({"task": "translation"}, "not a task"), ({"distill": Distill(hidden={9: 1.0})}, "no hidden state 9"),
     ],
 )  # fmt: skip

@@ -7,14 +7,16 @@ from itertools import pairwise
 import pytest
 import torch
 from adapt_helpers import make_llama
+from formats_table import SPARSE, mask_for, nearest_level
 from torch import nn
 from torch.nn.functional import linear
 
-from calora_ext import CaloraError
+from calora_ext import CaloraError, CompressedLinear, WeightFormat
 from calora_ext.compression.calibrate import find_blocks
 from calora_ext.losa import reconstruction
 from calora_ext.losa.masked import MaskedLinear, _MaskedProduct, as_dense, merged
 from calora_ext.losa.prune import prune_layers
+from calora_ext.losa.rounding import Rounding
 from calora_ext.losa.schedule import check, rank_at, sparsity_at, steps_at
 from calora_ext.pruning import NofM
 
@@ -196,6 +198,60 @@ def test_running_dense_is_the_layer_as_it_was():
     with as_dense(layers.values()):
         assert torch.equal(model(ids).logits, want)
     assert torch.equal(model(ids).logits, sparse)
+
+
+# -- on the packed grid ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", SPARSE, ids=str)
+def test_what_trained_on_the_grid_is_what_is_packed(fmt):
+    """The scales stay those of the weight before training; every kept weight is at the nearest value they allow."""
+    out, columns = 37, 200
+    mask = mask_for(fmt, (out, columns))
+    before = torch.randn(out, columns, generator=generator()) * mask
+    dense = nn.Linear(columns, out, bias=False)
+    layer = MaskedLinear(dense)
+    layer.keep(before, mask)
+    layer.round_to(fmt)
+    first = fmt.decode(fmt.pack(before, mask), columns, out)
+    x = torch.randn(5, columns, generator=generator(2))
+    assert torch.equal(layer.weight, first) and torch.equal(layer(x), linear(x, first))
+    layer.adapt(4, 2.0, generator(1))
+    layer.lora_B.data.normal_(0, 0.05, generator=generator(3))
+    trained, y = layer.weight, layer(x)
+    assert not torch.equal(trained, first) and torch.equal(y, linear(x, trained))
+    layer.fold()
+    assert torch.equal(layer.weight, trained) and torch.equal(layer(x), y) and not torch.equal(layer.base, trained)
+    codes = layer.rounding.quantized(layer.base)
+    packed = CompressedLinear.from_linear(layer, fmt, fmt.pack_quantized(codes))
+    assert torch.equal(packed.decode(), trained) and torch.equal(linear(x, packed.decode()), y)
+    assert not trained[~mask].any() and torch.equal(fmt.unpack(packed.packed_tensors(), columns, out).mask, mask)
+    if fmt.values == "bf16":
+        assert torch.equal(trained, layer.base.bfloat16().float())
+        return
+    scales = codes.scales().repeat_interleave(fmt.geometry(columns, out).block_columns, 1)[:, :columns]
+    assert torch.equal(codes.scales(), fmt.quantize(before, mask).scales())
+    want = nearest_level(layer.base[mask].double(), fmt, scales[mask].double())[1]
+    torch.testing.assert_close((trained[mask].double() - layer.base[mask]).abs(), (want - layer.base[mask]).abs(), rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_on_the_grid_are_straight_through():
+    """Those of W_master + (Q(W_master) - W_master).detach(), by autograd; x sees the rounded weight."""
+    fmt = WeightFormat("int4", 32, pattern="unstructured")
+    base, mask, down, up = parts(24, 40, 3, torch.float32)
+    rounding = Rounding(fmt, base, mask)
+    x = torch.randn(6, 40, generator=generator(1))
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, down, up)] for _ in range(2))
+    y = _MaskedProduct.apply(ours[0], base, mask, ours[1], ours[2], 2.0, rounding)
+    master = (base + 2.0 * theirs[2] @ theirs[1]) * mask
+    want = linear(theirs[0], master + (rounding(master) - master).detach())
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    weights = torch.randn(y.shape, generator=generator(8))
+    (y * weights).sum().backward()
+    (want * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-4)
+    assert (rounding(master.detach()) - master.detach()).abs().max() > 0.1  # clipped codes are among them
 
 
 # -- pruning again ---------------------------------------------------------------------------------------------------------

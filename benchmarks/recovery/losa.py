@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/recovery/losa.py --sparsity 0.7 --seeds 0 1 2 --out benchmarks/results/losa.json
 
 Every arm trains on the same text (docs-train) for as many steps with the same data order; it takes the learning rate that is best for it
-on docs-valid, first seed, and is reported on docs-test: mean loss in nats per token over windows of 256. All weights are bf16, so that what
-differs is the pruning and the training. Arms that are in the file already are kept: a run may be made in pieces.
+on docs-valid, first seed, and is reported on docs-test: mean loss in nats per token over windows of 256. All weights are bf16 unless --weights
+says otherwise, so that what differs is the pruning and the training. Arms that are in the file already are kept: a run may be made in pieces.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ ARMS = {
     "SparseGPT, masked full fine-tuning": ("full", {"pruner": "sparsegpt"}),
     "Wanda, masked LoRA, uniform": ("losa", {"pruner": "wanda", **ONE_SHOT, **UNIFORM}),
     "SparseGPT, masked LoRA, uniform": ("losa", {**ONE_SHOT, **UNIFORM}),
+    "SparseGPT, masked LoRA, uniform, on the grid": ("losa", {**ONE_SHOT, **UNIFORM, "on_grid": True}),
     "LoSA as published, Wanda": ("losa", {"pruner": "wanda", **PUBLISHED}),
     "LoSA as published": ("losa", PUBLISHED),
     "- RMI": ("losa", {"rates": "uniform"}),
@@ -92,7 +93,7 @@ class Bench:
         )  # fmt: skip
         shared = {"data": self._file("train"), "tokenizer": self.tokenizer, "max_length": WINDOW, "args": settings}
         if kind in ("prune", "lora", "full"):
-            recipe = cx.Recipe(weights="bf16", sparsity=sparsity, lm_head=None, **options)
+            recipe = cx.Recipe(weights=self.options.weights, sparsity=sparsity, lm_head=None, **options)
             calibration = None if options["pruner"] == "magnitude" else self.calibration
             found["sparsity"] = cx.compress(model, recipe, calibration=calibration).outcome.sparsity
         if kind == "lora" or options.get("train"):
@@ -103,7 +104,7 @@ class Bench:
         elif kind == "losa":
             uniform = isinstance(sparsity, str)
             rates = options.pop("rates", "uniform")
-            recipe = cx.Recipe(weights="bf16", sparsity=sparsity, lm_head=None, pruner=options.pop("pruner", None), rates="uniform" if uniform else rates)
+            recipe = cx.Recipe(weights=self.options.weights, sparsity=sparsity, lm_head=None, pruner=options.pop("pruner", None), rates="uniform" if uniform else rates)
             result = cx.sparse_adapt(model, recipe=recipe, rank=RANK, calibration=self.calibration, **options, **shared)
             found |= {"sparsity": result.sparsity, "ranks": [row["mean_rank"] for row in result.phases], "peak_rss_bytes": result.peak_rss_bytes}
         seconds = time.monotonic() - began
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--windows", type=int, default=64, help="of held-out text")
     parser.add_argument("--calibration", type=int, default=64, help="windows of training text to prune with")
+    parser.add_argument("--weights", default="bf16", help="format of the pruned weights; rounded with GPTQ where it is not bf16, or while they train")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report", action="store_true", help="run nothing: write tables and pictures of --out beside it")
     options = parser.parse_args()
@@ -150,6 +152,7 @@ def main() -> None:
         report(options.out)
         return
     plan = {name: getattr(options, name) for name in ("steps", "batch_size", "windows", "calibration")} | {"rank": RANK, "window": WINDOW}
+    plan |= {} if options.weights == "bf16" else {"weights": options.weights}
     stored = json.loads(options.out.read_text()) if options.out.exists() else {"plan": plan, "runs": []}
     if stored["plan"] != plan:
         parser.error(f"{options.out} was made with {stored['plan']}; name another --out")
@@ -188,7 +191,7 @@ def report(path: Path) -> None:
     stored = json.loads(path.read_text())
     plan, runs = stored["plan"], stored["runs"]
     text = (f"docs-test, nats per token, mean and sd over seeds; {plan['steps']} steps of {plan['batch_size']} x {plan['window']} tokens, mean rank {plan['rank']}, "
-            f"{plan['calibration']} x {plan['window']} tokens to prune with, bf16 weights.")  # fmt: skip
+            f"{plan['calibration']} x {plan['window']} tokens to prune with, {plan.get('weights', 'bf16')} weights.")  # fmt: skip
     path.with_suffix(".md").write_text(f"# LoSA and its parts on the demo model\n\n{text}\n\n{tables(runs)}\n", encoding="utf-8")
     dense = {row[0]: float(row[1]) for s in dict.fromkeys(r["pruned"] for r in runs) for row in summary(runs, s) if row[0].startswith("dense")}
     for sparsity in dict.fromkeys(r["pruned"] for r in runs):

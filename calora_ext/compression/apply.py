@@ -21,13 +21,13 @@ from .residency import RESIDENT, Residency
 
 
 def apply(
-    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target | Tensor], batches: list[Tensor] | None,
+    model: nn.Module, coverage: Coverage, recipe: Recipe, targets: dict[str, Target | Tensor | Quantized], batches: list[Tensor] | None,
     done: Callable[[], None], residency: Residency = RESIDENT,
 ) -> Outcome:  # fmt: skip
     """Replace every module that `coverage` gives a format.
 
-    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight, or the mask
-    (out, in) that it has already.
+    recipe: resolved; how weights are pruned, and what later blocks see of earlier ones. targets: how much of each sparse weight, the mask
+    (out, in) that it has already, or the codes.
     batches: token ids of the calibration data for pruner and rounding, or None. done: called after each module. residency: told
     which weights are needed; default: all are in memory.
     Raises CaloraError naming the module for weights or inputs that are not finite.
@@ -37,14 +37,16 @@ def apply(
     tied = tied_modules(model)
 
     def replace(name: str, inputs: Statistic | None = None) -> None:
-        dense, fmt = model.get_submodule(name), formats[name]
+        dense, fmt, target = model.get_submodule(name), formats[name], targets.get(name)
         packed = None
-        if inputs is not None:
+        if isinstance(target, Quantized):
+            packed = fmt.pack_quantized(target)
+        elif inputs is not None:
             try:
-                packed = fmt.pack_quantized(calibrated(dense_weight(dense), inputs, fmt, recipe, targets.get(name)))
+                packed = fmt.pack_quantized(calibrated(dense_weight(dense), inputs, fmt, recipe, target))
             except CaloraError as error:
                 raise CaloraError(f"{name}: {error}") from None
-        layer = pack(name, dense, fmt, targets.get(name), packed)
+        layer = pack(name, dense, fmt, target, packed)
         weight = dense.weight if isinstance(dense, nn.Embedding) else dense_weight(dense)
         outcome.errors[name] = relative_error(weight.detach(), layer)
         if fmt.sparse:

@@ -139,8 +139,12 @@ class BF16:
     zero_points = False
 
     @staticmethod
+    def codes(w: Tensor, scale: None, zero: None) -> Tensor:
+        return w.to(torch.bfloat16)
+
+    @staticmethod
     def quantize(w: Tensor, symmetric: bool) -> tuple[Tensor, None, None, None]:
-        return w.to(torch.bfloat16), None, None, None
+        return BF16.codes(w, None, None), None, None, None
 
     @staticmethod
     def value(codes: Tensor, scale: None, zero: None) -> Tensor:

@@ -1,7 +1,8 @@
 """``MaskedLinear``: a sparse weight with a LoRA under its mask, y = x (mask * (W + s U D))^T + b, in one GEMM.
 
 U D has the mask's zeros, so that folding it in keeps the sparsity: nothing is left of the adapter at run time. The gradients are
-exact and need no second weight: with G = s (dL/dy)^T x * mask they are dL/dD = U^T G and dL/dU = G D^T.
+exact and need no second weight: with G = s (dL/dy)^T x * mask they are dL/dD = U^T G and dL/dU = G D^T. With a ``Rounding`` the
+layer multiplies by what the packed weight will be; these gradients are then straight-through.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from ..formats import WeightFormat
 from ..linear import dense_weight
+from .rounding import Rounding
 
 
 def merged(base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -24,13 +27,13 @@ def merged(base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float) -
 
 
 class _MaskedProduct(torch.autograd.Function):
-    """x (..., in) times the merged weight, transposed: (..., out). The merged weight is formed again in backward, not kept."""
+    """x (..., in) times the merged weight, rounded where asked, transposed: (..., out). The weight is formed again in backward, not kept."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    def forward(ctx, x: Tensor, base: Tensor, mask: Tensor, down: Tensor, up: Tensor, scale: float, rounding: Rounding | None = None) -> Tensor:
         ctx.save_for_backward(x, base, mask, down, up)
-        ctx.scale = scale
-        return linear(x, merged(base, mask, down, up, scale).to(x.dtype))
+        ctx.scale, ctx.rounding = scale, rounding
+        return linear(x, _rounded(merged(base, mask, down, up, scale), rounding).to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -38,19 +41,23 @@ class _MaskedProduct(torch.autograd.Function):
         x, base, mask, down, up = ctx.saved_tensors
         to_x = to_down = to_up = None
         if ctx.needs_input_grad[0]:
-            to_x = grad @ merged(base, mask, down, up, ctx.scale).to(grad.dtype)
+            to_x = grad @ _rounded(merged(base, mask, down, up, ctx.scale), ctx.rounding).to(grad.dtype)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             product = grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)  # (out, in)
             product = product.to(base.dtype).masked_fill_(~mask, 0.0).mul_(ctx.scale)
             to_down, to_up = up.t() @ product, product @ down.t()
-        return to_x, None, None, to_down, to_up, None
+        return to_x, None, None, to_down, to_up, None, None
+
+
+def _rounded(weight: Tensor, rounding: Rounding | None) -> Tensor:
+    return weight if rounding is None else rounding(weight)
 
 
 class MaskedLinear(nn.Linear):
     """Stands for a dense linear layer while its sparse version is trained.
 
     base: (out, in) float32, the sparse weight without the adapter, 0 where mask (out, in) bool is False. lora_A (rank, in),
-    lora_B (out, rank): the adapter, fp32. dense: the layer as it was, which ``as_dense`` runs instead.
+    lora_B (out, rank): the adapter, fp32. rounding: of their sum, or None. dense: the layer as it was, which ``as_dense`` runs instead.
     """
 
     def __init__(self, dense: nn.Module) -> None:
@@ -62,6 +69,7 @@ class MaskedLinear(nn.Linear):
         self.bias = dense.bias
         self.scale = 1.0
         self.lora_A = self.lora_B = None
+        self.rounding: Rounding | None = None
         self.running_dense = False
         self.__dict__["dense"] = dense  # not a child: its parameters are not this model's
         self.train(dense.training)
@@ -69,12 +77,17 @@ class MaskedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """What it multiplies by, (out, in) float32."""
-        with torch.no_grad():
-            return self.base if self.lora_A is None else merged(self.base, self.mask, self.lora_A, self.lora_B, self.scale)
+        return _rounded(self.master, self.rounding)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
         raise AttributeError("the weight of a MaskedLinear is formed from base, mask and adapter; set those")
+
+    @property
+    def master(self) -> Tensor:
+        """The weight before rounding, (out, in) float32."""
+        with torch.no_grad():
+            return self.base if self.lora_A is None else merged(self.base, self.mask, self.lora_A, self.lora_B, self.scale)
 
     @property
     def rank(self) -> int:
@@ -88,20 +101,24 @@ class MaskedLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False):
             if self.lora_A is None:
-                y = linear(x, self.base.to(x.dtype))
+                y = linear(x, self.weight.to(x.dtype))
             else:
-                y = _MaskedProduct.apply(x, self.base, self.mask, self.lora_A, self.lora_B, self.scale)
+                y = _MaskedProduct.apply(x, self.base, self.mask, self.lora_A, self.lora_B, self.scale, self.rounding)
             return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def fold(self) -> None:
         """Add the adapter to the base and forget it: what the layer computes stays the same, bit for bit."""
-        self.base = self.weight
+        self.base = self.master
         self.lora_A = self.lora_B = None
 
     def keep(self, weight: Tensor, mask: Tensor) -> None:
-        """Become weight * mask, (out, in), without an adapter."""
+        """Become weight * mask, (out, in), without an adapter and without rounding."""
         self.base, self.mask = weight.float().masked_fill(~mask, 0.0), mask
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = self.rounding = None
+
+    def round_to(self, fmt: WeightFormat) -> None:
+        """From now on compute with what a format keeps of the weight, the scales being those of the weight as it is."""
+        self.rounding = Rounding(fmt, self.master, self.mask)
 
     def adapt(self, rank: int, scale: float, generator: torch.Generator) -> None:
         """A fresh adapter of any rank, which changes nothing yet: D uniform in +-1/sqrt(in_features), U zero."""

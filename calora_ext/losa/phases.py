@@ -41,6 +41,7 @@ class Plan:
     rank_growth: float
     ranks: str
     revive: bool
+    on_grid: bool
 
     def __post_init__(self) -> None:
         check(self.prunings, self.schedule, self.rank, self.rank_growth)
@@ -153,10 +154,13 @@ class Run:
         }  # fmt: skip
 
     def _adapt(self, phase: dict) -> None:
-        """Fresh adapters, which change nothing: whatever the rank was before, it is in the weights."""
+        """Fresh adapters, which change nothing: whatever the rank was before, it is in the weights. Where the run is on the grid,
+        which is chosen here, rounding changes them."""
         generator = torch.Generator().manual_seed(derived_seed(self.settings.seed, "initial", phase["pruning"]))
         inside = {name: phase["ranks"][block] for block, names in self.blocks.items() for name in names}
         for name, layer in self.layers.items():
+            if self.plan.on_grid:
+                layer.round_to(self.plan.recipe.format())
             layer.adapt(inside.get(name, round(phase["mean_rank"])), SCALE, generator)
 
     def _steps(self, phase: dict, samples: list[Sample], resume: bool) -> int:

@@ -46,6 +46,7 @@ def sparse_adapt(
     rank_growth: float = 1.0,
     ranks: str = "error",
     revive: bool = False,
+    on_grid: bool = False,
     distill: Distill | None = None,
     calibration: Sequence | None = None,
     task: str = "causal-lm",
@@ -68,6 +69,8 @@ def sparse_adapt(
     rank: 8, as published, the mean over blocks and prunings; rank_growth: by how much the mean rises at each (1). ranks: "error",
     in proportion to the error of each block's output and at most twice the rank, as published, or "uniform".
     revive: whether SparseGPT may bring back weights that an earlier pruning removed, as the released code does.
+    on_grid: train with the weights rounded to what the recipe's format holds, the scales chosen at each pruning (``Rounding``): then
+    packing changes nothing, bit for bit. Without it they are rounded once, after training.
     distill: also learn from the model as it came (``Distill``, its logits' weight 0 where it is None); None, as published: the task's loss alone.
     calibration: texts or token ids for the pruning; default 128 x 512 tokens of the data.
     data, eval_data, tokenizer, task, args, max_length, *_column: as in ``adapt``; args.output_dir and save_steps keep checkpoints, from
@@ -77,8 +80,8 @@ def sparse_adapt(
     """
     began = time.monotonic()
     settings, task = Settings.of(args), task_name(task)
-    recipe = _recipe(sparsity, recipe)
-    chosen = Plan(recipe, prunings, schedule, rank, rank_growth, ranks, revive)
+    recipe = _recipe(sparsity, recipe, on_grid)
+    chosen = Plan(recipe, prunings, schedule, rank, rank_growth, ranks, revive, on_grid)
     if resident := list_adapters(model):
         raise CaloraError(f"adapter {resident[0]!r} is loaded on the layers, which are replaced; delete_adapter it first")
     coverage = plan(model, recipe)
@@ -111,7 +114,7 @@ def sparse_adapt(
     )  # fmt: skip
 
 
-def _recipe(sparsity: str | float | None, recipe: Recipe | None) -> Recipe:
+def _recipe(sparsity: str | float | None, recipe: Recipe | None, on_grid: bool) -> Recipe:
     """The recipe of the result, resolved. Raises CaloraError where it is not sparse, or where both are given."""
     if recipe is None:
         sparsity = SPARSITY if sparsity is None else sparsity
@@ -120,7 +123,10 @@ def _recipe(sparsity: str | float | None, recipe: Recipe | None) -> Recipe:
         raise CaloraError("give sparsity or a recipe, which has one of its own, not both")
     if recipe.sparsity is None:
         raise CaloraError("the recipe keeps every weight; give it a sparsity such as 0.7 or '2:4'")
-    return replace(recipe, pruner=recipe.pruner or "sparsegpt", rounding=recipe.rounding or ("rtn" if recipe.weights == "bf16" else "gptq"))
+    if on_grid and recipe.rounding == "gptq":
+        raise CaloraError('on_grid=True rounds to nearest while it trains, which leaves rounding="gptq" nothing to do; leave one of them out')
+    nearest = on_grid or recipe.weights == "bf16"
+    return replace(recipe, pruner=recipe.pruner or "sparsegpt", rounding=recipe.rounding or ("rtn" if nearest else "gptq"))
 
 
 def default_rates(sparsity: str | float) -> str:
@@ -177,8 +183,8 @@ def _pack(model: nn.Module, coverage: Coverage, recipe: Recipe, layers: dict[str
     for layer in layers.values():
         layer.fold()
     with progress(None, "Packing", "layer", len(coverage.formats)) as bar:
-        masks = {name: layer.mask for name, layer in layers.items()}
-        outcome = apply(model, coverage, recipe, masks, batches if recipe.rounding == "gptq" else None, lambda: bar.update())
+        kept = {name: layer.mask if layer.rounding is None else layer.rounding.quantized(layer.base) for name, layer in layers.items()}
+        outcome = apply(model, coverage, recipe, kept, batches if recipe.rounding == "gptq" else None, lambda: bar.update())
     for name, layer in layers.items():
         model.get_submodule(name).compute_dtype = layer.dense.weight.dtype
     return outcome
