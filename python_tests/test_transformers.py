@@ -14,7 +14,7 @@ from zoo import TIED, ZOO, dense, inputs, logits
 import calora_ext as cx
 from calora_ext.compression.replace import compressed_modules
 from calora_ext.embedding import TiedLinear
-from calora_ext.integrations.transformers import METHOD
+from calora_ext.integrations.transformers import METHOD, CaloraQuantizer
 from calora_ext.io.checkpoint import read_header
 
 each_model = pytest.mark.parametrize("name", ZOO)
@@ -305,8 +305,27 @@ def test_gptq_and_other_devices_are_refused_while_loading(tmp_path):
     dense("llama").save_pretrained(tmp_path)
     with pytest.raises(cx.CaloraError, match="needs calibration"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=cx.CaloraConfig(rounding="gptq"))
-    with pytest.raises(cx.CaloraError, match="run on the CPU"):
+    with pytest.raises(cx.CaloraError, match="packed on the CPU"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=cx.CaloraConfig(), device_map="cuda:0")
+
+
+@pytest.mark.parametrize("built_with_cuda", [False, True])
+def test_where_packed_models_may_be_loaded(built_with_cuda, monkeypatch):
+    monkeypatch.setattr(cx.ops.native, "cuda_architectures", lambda: "90" if built_with_cuda else "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: built_with_cuda)
+    quantizer = CaloraQuantizer(cx.CaloraConfig(), pre_quantized=True)
+    for fine in (None, "auto", "balanced", "cpu", {"": "cpu"}):
+        quantizer.validate_environment(device_map=fine)
+    for device_map in (0, "cuda:1", torch.device("cuda"), {"a": 0, "b": 1, "c": "cpu"}):
+        if built_with_cuda:
+            quantizer.validate_environment(device_map=device_map)
+            assert quantizer.update_device_map(device_map) == device_map
+        else:
+            with pytest.raises(cx.CaloraError, match="no CUDA kernels"):
+                quantizer.validate_environment(device_map=device_map)
+    with pytest.raises(cx.CaloraError, match="another place" if built_with_cuda else "no CUDA kernels"):
+        quantizer.validate_environment(device_map={"a": "cpu", "b": "disk"})
+    assert quantizer.update_device_map("auto") == ("auto" if built_with_cuda else {"": "cpu"})
 
 
 def test_bad_configs_are_refused():

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,6 +40,7 @@ from ..recipe import Recipe
 from ..tables import format_bytes
 
 METHOD = "calora"
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that accelerate works out
 log = logging.getLogger("calora_ext")
 
 
@@ -105,14 +107,21 @@ class CaloraQuantizer(HfQuantizer):
         return True
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        devices = device_map.values() if isinstance(device_map, dict) else [] if device_map in (None, "auto") else [device_map]
-        if any(str(device) != "cpu" for device in devices):
-            raise CaloraError(f"compressed models run on the CPU in this version; leave device_map={device_map!r} out")
+        devices = device_map.values() if isinstance(device_map, dict) else [] if device_map in (None, *SPREAD) else [device_map]
+        others = {str(device) for device in devices} - {"cpu"}
+        if others and not self.pre_quantized:
+            raise CaloraError(f'weights are packed on the CPU; leave device_map={device_map!r} out and call .to("cuda") on the compressed model')
+        if others and not ops.native.cuda_architectures():
+            raise CaloraError(f"this build has no CUDA kernels, so compressed models run on the CPU; leave device_map={device_map!r} out")
+        if any(not device.isdecimal() and device.partition(":")[0] != "cuda" for device in others):
+            raise CaloraError(f"compressed models run on CPUs and NVIDIA GPUs; device_map={device_map!r} asks for another place")
         if not self.pre_quantized:
             self.quantization_config.recipe = self.quantization_config.recipe.resolve(calibrated=False)
 
     def update_device_map(self, device_map: Any) -> Any:
-        return {"": "cpu"} if device_map == "auto" else device_map
+        spread = isinstance(device_map, str) and device_map in SPREAD
+        usable = self.pre_quantized and torch.cuda.is_available() and ops.native.cuda_architectures()
+        return {"": "cpu"} if spread and not usable else device_map
 
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
         self.tied = tied_modules(model)
