@@ -101,6 +101,7 @@ class Emulated:
                                 up.numel() // adapters, t.data_ptr(), DTYPES[down.dtype], rank, identity_rank,
                                 32 * rank, *((1, 32) if tiled else (rank, 1)))  # fmt: skip
             self.check(library.calora_cuda_bank_down(c.byref(args), None))
+            library.emulate_pending(c.c_void_p(t.data_ptr()), c.c_int64(t.numel() * t.element_size()))
         self.check(getattr(library, f"calora_cuda_linear_{LAUNCHERS[fmt.pattern]}")(c.byref(args), None))
         return y
 

@@ -4,6 +4,8 @@
 //
 // Two switches (emulate_options) look for what a GPU might do: bit 0 lets asynchronous copies arrive as late as the code
 // allows instead of at once, bit 1 runs the threads in reverse order. Shared memory starts as NaN in every block.
+//
+// What the kernel before one that is launched early writes (emulate_pending) is NaN in every block of it until a thread waits.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -43,7 +45,7 @@ struct Fiber {
   jmp_buf at;
   bool started = false;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool done = false;
+  bool done = false, waited = false;
   dim3 thread;
   std::deque<std::vector<Copy>> groups;  // committed, not yet arrived
   std::vector<Copy> open;
@@ -59,6 +61,8 @@ inline dim3 block_index, block_size, grid_size;
 inline int current, options;
 inline long progress;        // meetings entered or left, threads ended: stands still in a deadlock
 inline const char* failure;  // the first thing that went wrong
+inline uint8_t* pending;     // what the next launch may find unwritten, and what is written there in the end
+inline std::vector<uint8_t> written;
 
 inline void to_scheduler();
 
@@ -113,6 +117,17 @@ inline void wait(std::size_t pending) {
     for (const Copy& c : f.groups.front()) arrive(c);
 }
 
+inline void arrive_pending() {
+  if (!written.empty()) std::memcpy(pending, written.data(), written.size());
+}
+inline void wait_for_previous() {
+  fibers[current].waited = true;
+  arrive_pending();
+}
+inline void release_next() {
+  if (!fibers[current].waited) fail("the next kernel is released before this one has waited");
+}
+
 inline void to_scheduler() {
   if (!_setjmp(fibers[current].at)) _longjmp(scheduler, 1);
 }
@@ -138,9 +153,10 @@ inline void run_block(int threads) {
   block_meeting = Meeting{threads};
   for (int w = 0; w < 32; ++w) warp_meeting[w] = Meeting{std::max(0, std::min(32, threads - 32 * w))};
   std::fill(shared_memory.begin(), shared_memory.end(), 0xff);
+  if (!written.empty()) std::memset(pending, 0xff, written.size());
   for (int i = 0; i < threads; ++i) {
     Fiber& f = fibers[i];
-    f.done = f.started = false, f.thread = dim3(i), f.groups.clear(), f.open.clear();
+    f.done = f.started = f.waited = false, f.thread = dim3(i), f.groups.clear(), f.open.clear();
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = f.stack.get(), f.context.uc_stack.ss_size = Fiber::kStack, f.context.uc_link = &nowhere;
     makecontext(&f.context, run_thread, 0);
@@ -283,6 +299,9 @@ inline void copy_commit() { emulator::commit(); }
 template <int Pending>
 void copy_wait() { emulator::wait(Pending); }
 
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void release_next() { emulator::release_next(); }
+
 inline uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) { return (q & mask) | bits; }
 inline uint32_t and_xor(uint32_t q, uint32_t mask, uint32_t bits) { return (q & mask) ^ bits; }
 inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t bits) {
@@ -317,9 +336,10 @@ inline uint32_t subtract_bf16x2(uint32_t a, uint32_t b) { return subtract2<emula
 inline uint32_t subtract_f16x2(uint32_t a, uint32_t b) { return subtract2<emulator::f16, float_to_f16>(a, b); }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void*, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), bool early, dim3 grid, int threads, int shared, void*, Arguments... arguments) {
   using namespace emulator;
   failure = nullptr;
+  if (early == written.empty()) fail("launched early without a kernel to wait for, or not early behind one");
   if (shared > 99 * 1024) fail("more shared memory than every architecture has");
   if (fibers.size() < static_cast<std::size_t>(threads)) fibers.resize(threads);
   shared_memory.assign(shared, 0);
@@ -331,6 +351,8 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, vo
         block_index = dim3(x, y, z);
         run_block(threads);
       }
+  arrive_pending();
+  written.clear();
   if (failure) std::fprintf(stderr, "emulated kernel: %s\n", failure);
   return failure ? 700 : 0;
 }
@@ -338,3 +360,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, vo
 }  // namespace calora::cuda
 
 extern "C" inline __attribute__((used)) void emulate_options(int options) { emulator::options = options; }
+extern "C" inline __attribute__((used)) void emulate_pending(void* pending, int64_t bytes) {
+  emulator::pending = static_cast<uint8_t*>(pending);
+  emulator::written.assign(emulator::pending, emulator::pending + bytes);
+}

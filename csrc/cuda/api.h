@@ -92,7 +92,7 @@ struct LinearArgs {
 
 extern "C" {
 int calora_cuda_bank_down(const calora::cuda::LinearArgs* args, void* stream);     // t
-// y, bank included when t is there
+// y, bank included when t is there. With a bank, bank_down must be what was launched last on the stream: from sm_90 on the two overlap.
 int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream);
 int calora_cuda_linear_two_four(const calora::cuda::LinearArgs* args, void* stream);
 int calora_cuda_linear_bitmask(const calora::cuda::LinearArgs* args, void* stream);

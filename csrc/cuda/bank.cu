@@ -32,6 +32,8 @@ __device__ __forceinline__ void load8(const void* row, int64_t column, int64_t c
 // One block: Ranks rows of D against 8 rows of x, its threads split the columns. ByRow: each row of x has a D of its own, or none.
 template <int Ranks, bool ByRow>
 __global__ void __launch_bounds__(kThreads) bank_down(const LinearArgs a) {
+  wait_for_previous();
+  release_next();  // the linear kernel copies its first weights meanwhile
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t r0 = static_cast<int64_t>(blockIdx.x) * Ranks, m0 = static_cast<int64_t>(blockIdx.y) * 8, columns = a.w.in_features;
   const auto x_dtype = static_cast<Dtype>(a.x_dtype), dtype = static_cast<Dtype>(a.bank.dtype);
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) bank_down(const LinearArgs a) {
 template <int Ranks>
 int launch_down(const LinearArgs& a, void* stream) {
   const dim3 grid(static_cast<unsigned>(round_up(a.bank.rank, Ranks) / Ranks), static_cast<unsigned>(round_up(a.m, kBatchAlign) / kBatchAlign));
-  return launch(a.bank.row_adapter ? bank_down<Ranks, true> : bank_down<Ranks, false>, grid, kThreads, 0, stream, a);
+  return launch(a.bank.row_adapter ? bank_down<Ranks, true> : bank_down<Ranks, false>, false, grid, kThreads, 0, stream, a);
 }
 
 __global__ void __launch_bounds__(kThreads) copy_rows(uint8_t* target, int64_t target_stride, const uint8_t* source, int64_t row_bytes) {
@@ -109,5 +111,5 @@ extern "C" int calora_cuda_bank_down(const calora::cuda::LinearArgs* args, void*
 
 extern "C" int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* source, int64_t row_bytes, int64_t rows, void* stream) {
   using namespace calora::cuda;
-  return launch(copy_rows, dim3(static_cast<unsigned>(rows)), kThreads, 0, stream, static_cast<uint8_t*>(target), target_stride, static_cast<const uint8_t*>(source), row_bytes);
+  return launch(copy_rows, false, dim3(static_cast<unsigned>(rows)), kThreads, 0, stream, static_cast<uint8_t*>(target), target_stride, static_cast<const uint8_t*>(source), row_bytes);
 }

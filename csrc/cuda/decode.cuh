@@ -70,10 +70,10 @@ int launch_decode(const PackedWeight& w, int64_t row_begin, int64_t row_end, voi
                   static_cast<unsigned>(round_up(chunks, kDecodeWarps) / kDecodeWarps));
   const Decode args{w, out, row_begin, row_end, static_cast<Dtype>(out_dtype)};
   switch (static_cast<Values>(w.values)) {
-    case Values::bf16: return launch(decode<Dense16<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::int8: return launch(decode<Int8<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::int4: return launch(decode<Int4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::nf4: return launch(decode<Nf4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::bf16: return launch(decode<Dense16<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::int8: return launch(decode<Int8<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::int4: return launch(decode<Int4<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::nf4: return launch(decode<Nf4<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
   }
   return kInvalidValue;
 }

@@ -83,6 +83,20 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int Pending>  // all groups of this lane but the last `Pending` have arrived
 __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
 
+// A kernel that was launched early waits here for all kernels before it in the stream, and sees what they wrote; any other passes.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on the next kernel may start, if it was launched early. Call wait_for_previous() first: then that kernel, too, may read
+// from its first instruction on whatever was complete before this one.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // (q & mask) | bits in one instruction.
 __device__ __forceinline__ uint32_t and_or(uint32_t q, uint32_t mask, uint32_t bits) {
   uint32_t r;
@@ -116,15 +130,26 @@ __device__ __forceinline__ uint32_t subtract_f16x2(uint32_t a, uint32_t b) {
   return *reinterpret_cast<const uint32_t*>(&r);
 }
 
-// Launch `kernel` with `shared` bytes of dynamic shared memory.
+// Launch `kernel` with `shared` bytes of dynamic shared memory. early: as soon as the kernel before it calls release_next().
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), bool early, dim3 grid, int threads, int shared, void* stream, Arguments... arguments) {
   if (shared > 48 * 1024) {  // beyond what every launch may use; setting it again costs little and keeps no state here
     const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (e != cudaSuccess) return e;
   }
-  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
-  return cudaGetLastError();
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(static_cast<unsigned>(threads)), config.dynamicSmemBytes = static_cast<std::size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream), config.attrs = &attribute;
+  if (early) {  // only code that was compiled with the wait in it: PTX of an older architecture runs on this one without
+    cudaFuncAttributes compiled;
+    const cudaError_t e = cudaFuncGetAttributes(&compiled, kernel);
+    if (e != cudaSuccess) return e;
+    config.numAttrs = compiled.ptxVersion >= 90;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 }  // namespace calora::cuda

@@ -97,6 +97,7 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) lin
   for (int i = 0; i < R::kStages - 1; ++i) fetch();
 
   float y[2][NB][4] = {};  // [rt][n][2 j + e]: row 16 rt + 8 j + g of the tile, row m0 + 8 n + 2 c + e of x
+  wait_for_previous();  // for t; weights and x were complete before bank_down released this kernel
   add_low_rank<NB>(y, a.bank, a.w.out_features, tile, m0, a.m, warp, R::kWarps, g, c);
 
   float d[2][NB][4] = {}, sum_x[NB][4] = {};  // of the current block, not yet scaled
@@ -172,7 +173,7 @@ __device__ __forceinline__ void load_x(const uint8_t* piece, int lane, uint32_t 
 template <class P, class T, int NB>
 int launch_linear(const LinearArgs& a, void* stream) {
   const int64_t row_blocks = round_up(a.m, 8 * NB) / (8 * NB), tiles = round_up(a.w.out_features, kTileRows) / kTileRows;
-  return launch(linear<P, T, NB>, dim3(static_cast<unsigned>(tiles * row_blocks)), Ring<P, NB>::kWarps * 32, Ring<P, NB>::kBytes, stream, a,
+  return launch(linear<P, T, NB>, a.bank.rank != 0, dim3(static_cast<unsigned>(tiles * row_blocks)), Ring<P, NB>::kWarps * 32, Ring<P, NB>::kBytes, stream, a,
                 geometry_of(a.w));
 }
 
