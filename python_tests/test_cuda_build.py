@@ -60,20 +60,37 @@ def test_no_spills_and_few_registers(compiled):
             assert name is None or int(registers) <= REGISTERS[name], mangled
 
 
+def machine_code(compiled, source: str, wanted: str) -> dict[str, str]:
+    """The disassembled kernels of one kind by their mangled names."""
+    if tool("nvdisasm") is None:
+        pytest.skip("nvdisasm was not found (pip install nvidia-cuda-nvdisasm)")
+    code = subprocess.run([tool("nvdisasm"), "-c", str(compiled[0] / f"{source}.cubin")], capture_output=True, text=True, check=True).stdout
+    kernels = re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, re.S)
+    return {name: text for name, text in kernels if kind(name) == wanted}
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", TENSOR_CORE)
 def test_machine_code(compiled, source):
-    if tool("cuobjdump") is None or tool("nvdisasm") is None:
-        pytest.skip("cuobjdump and nvdisasm were not found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
-    code = subprocess.run([tool("nvdisasm"), "-c", str(compiled[0] / f"{source}.cubin")], capture_output=True, text=True, check=True).stdout
-    kernels = dict(re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section|\Z)", code, re.S))
-    kernels = {name: text for name, text in kernels.items() if kind(name) == "linear"}
+    kernels = machine_code(compiled, source, "linear")
     assert len(kernels) == SOURCES[source]["linear"]
     for name, text in kernels.items():
         assert re.search(TENSOR_CORE[source], text), f"no tensor core in {name}"
         assert re.search(r"\bLDGSTS\.E\.\S*128", text), f"no 16-byte asynchronous copies in {name}"
         assert re.search(r"\bLDS\.128", text), f"no 16-byte loads from shared memory in {name}"
         assert not re.search(r"\b(LDL|STL)\b", text), f"local memory in {name}"
+        assert len(re.findall(r"\bACQBULK\b", text)) == 1, f"{name} does not wait once for t"
+        before = text[: text.index("ACQBULK")]
+        assert "LDGSTS" in before and "HMMA" not in before, f"{name}: the first copies start before t is there, the arithmetic behind it"
+
+
+@needs_nvcc
+def test_bank_down_releases_the_next_kernel(compiled):
+    """At its begin, and only after it has waited itself."""
+    kernels = machine_code(compiled, "bank", "bank_down")
+    assert len(kernels) == SOURCES["bank"]["bank_down"]
+    for name, text in kernels.items():
+        assert 0 <= text.find("ACQBULK") < text.find("PREEXIT") < text.find("LDG"), name
 
 
 def test_a_build_without_cuda_says_so(tmp_path):
