@@ -13,18 +13,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_models
 import torch
 from gpu_speed import BANK, BY_ROW, CUBLAS, EAGER, INT4, PEFT, SPEED_SHAPES, beside, capture, ceilings, speed_rows
+from gpu_stages import Run, said, work_off
 from torch import Tensor
 
 from calora_ext import WeightFormat, ops
@@ -42,6 +42,8 @@ SPEED_UPS = [
     ((64,), None, INT4, CUBLAS, 1.4), ((1, 8), None, "int4 g128 2:4", INT4, 1.22), ((1, 8), None, "int4 g128 unstructured", INT4, 1.15),
     ((1, 8), None, "bf16 unstructured", CUBLAS, 1.4), ((2048,), None, BANK, CUBLAS, 1 / 1.15), ((8,), None, BY_ROW, BANK, 1 / 1.25),
 ]  # fmt: skip
+RESULTS = "gpu_check.json"
+MODELS = ("models", "compiled", "training", "adapters of a model")  # stages of gpu_models.py
 OF_ONE_ROW = 0.9  # at M = 16, of the speed-up of INT4 over CUBLAS at M = 1
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
@@ -177,7 +179,7 @@ def opcheck(device: str) -> dict:
             try:
                 torch.library.opcheck(getattr(torch.ops.calora, name).default, args)
             except Exception as error:
-                failed.append(f"opcheck of {name}, {fmt}: {str(error).splitlines()[0]}")
+                failed.append(f"opcheck of {name}, {fmt}: {said(error)}")
     return {"failed": failed}
 
 
@@ -252,23 +254,36 @@ def graphs_and_streams(device: str, repeats: int = 1000) -> dict:
 
 
 def checkers(seconds: float) -> dict:
-    """compute-sanitizer over the small cases; says so where the tool is missing or refuses the device."""
+    """compute-sanitizer over the small cases; says so where the tool is missing or refuses the device. Every tensor is an allocation
+    of its own there: inside the blocks of torch's allocator an access beyond a tensor would go unseen."""
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        return {"skipped": "compute-sanitizer was not found"}
-    result, start = {}, time.monotonic()
-    for name in ("memcheck", "racecheck"):
-        left = seconds - (time.monotonic() - start)
+        return {"failed": [], "skipped": "compute-sanitizer was not found"}
+    result: dict = {"failed": []}
+    end = time.monotonic() + seconds
+    for name in ("memcheck", "racecheck", "synccheck"):
         command = [tool, "--tool", name, "--error-exitcode", "99", sys.executable, __file__, "--small"]
-        try:
-            run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
-        except subprocess.TimeoutExpired:
-            result[name] = "not finished in time"
-            continue
-        lines = [line for line in (run.stdout + run.stderr).splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-        refused = "Device not supported" in run.stdout + run.stderr
-        result[name] = "the tool refuses this device" if refused else f"exit {run.returncode}: {' '.join(lines)[-200:] or 'no summary'}"
+        alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone, start_new_session=True) as run:
+            try:
+                output = run.communicate(timeout=max(end - time.monotonic(), 1))[0]
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)  # what it checks, too
+                result[name] = "not finished in time"
+                continue
+        summary = " ".join(line for line in output.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line)[-200:]
+        refused = "Device not supported" in output
+        result[name] = "the tool refuses this device" if refused else f"exit {run.returncode}: {summary or output[-200:].strip()}"
+        if run.returncode and not refused:
+            result["failed"].append(f"{name}: {result[name]}")
     return result
+
+
+def with_models(name: str, device: str) -> dict:
+    """A stage of gpu_models.py. Imported here only: the checkers do without transformers, and where it is missing the rest goes on."""
+    import gpu_models
+
+    return gpu_models.STAGES[name](device)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------------
@@ -303,10 +318,10 @@ def goals(by: dict[tuple[int, int, int, str], float]) -> list[tuple[str, str, st
 
 def summary(results: dict) -> str:
     """Every speed, then what was checked, and last the targets."""
-    lines = [(name, "ok" if not part["failed"] else f"{len(part['failed'])} FAILED: {part['failed'][0]}")
+    lines = [(name, f"{len(part['failed'])} FAILED: {part['failed'][0]}" if part["failed"] else part.get("skipped", "ok"))
              for name, part in results.items() if isinstance(part, dict) and "failed" in part]  # fmt: skip
-    lines += [(name, str(what)) for name, what in results.get("checkers", {}).items()]
-    lines += [(name, f"{value:.3g}") for name, value in results.get("ceilings", {}).items()]
+    lines += [(name, what) for name, what in results.get("checkers", {}).items() if name not in ("failed", "skipped")]
+    lines += [(name, f"{value:.3g}") for name, value in results.get("ceilings", {}).items() if isinstance(value, float)]
     text = table(("check", "result"), lines)
     rows = results.get("speed", [])
     by = {(r["in"], r["out"], r["m"], r["what"]): r["seconds"] for r in rows}
@@ -331,17 +346,41 @@ def try_speed() -> None:
             speed_rows(256, 64, m, [], float("nan"), "cpu")
 
 
+def on_the_gpu(folder: Path, seconds: float) -> bool:
+    """Every stage that is still to run, then the tables. True if anything failed."""
+    run = Run(folder / RESULTS, seconds)
+    run.results |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "architectures": ops.native.cuda_architectures()}
+    stages: dict[str, Callable[[], dict]] = {
+        "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
+        "adapters by row": lambda: adapters_by_row("cuda"), "adapter switch": lambda: adapter_switch("cuda"),
+        "modules": lambda: module_moves("cuda"), "graphs": lambda: graphs_and_streams("cuda"),
+        **{name: lambda name=name: with_models(name, "cuda") for name in MODELS}, "checkers": lambda: checkers(min(120, run.left() / 3)),
+    }  # fmt: skip
+    for name, stage in stages.items():
+        run.stage(name, stage)
+    read = run.results["ceilings"].get("read_bytes_per_s", float("nan"))
+    for m in (1, 8, 16, 64, 2048):
+        for in_, out in SPEED_SHAPES:
+            run.stage(f"speed of {out} x {in_}, m={m}", lambda in_=in_, out=out, m=m: speed_rows(in_, out, m, run.results["speed"], read), least=20)
+            torch.cuda.empty_cache()
+    failed = run.finish()
+    print(summary(run.results))
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for gpu_check.json")
+    parser.add_argument("--out", type=Path, help=f"folder for {RESULTS}")
     parser.add_argument("--seconds", type=float, default=540, help="when to stop starting new stages")
     parser.add_argument("--dry-run", action="store_true", help="the cases on the CPU; writes nothing")
     parser.add_argument("--small", action="store_true", help="a few small cases on the GPU, for the checkers")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # goes on with what the folder has, see gpu_stages.py
     options = parser.parse_args()
     if options.dry_run:
         print("Dry run: no GPU is used, nothing is measured, no result is written. The cases run on the CPU kernels.")
         parts = {"correctness": correctness("cpu", small=True), "backward": backward("cpu"), "opcheck": opcheck("cpu"),
-                 "adapter switch": adapter_switch("cpu"), "modules": module_moves("cpu"), "graphs": graphs_and_streams("cpu", 4), **{name: part("cpu") for name, part in gpu_models.STAGES.items()}}
+                 "adapter switch": adapter_switch("cpu"), "modules": module_moves("cpu"), "graphs": graphs_and_streams("cpu", 4),
+                 **{name: with_models(name, "cpu") for name in MODELS}}  # fmt: skip
         try_speed()
         print(summary(parts))
         return any(part["failed"] for part in parts.values())
@@ -351,47 +390,10 @@ def main() -> int:
         return bool(correctness("cuda", small=True)["failed"])
     if options.out is None:
         parser.error("name a folder for the results with --out")
+    if options.worker:
+        return on_the_gpu(options.out, options.seconds)
     options.out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    left = lambda: options.seconds - (time.monotonic() - start)  # noqa: E731
-    results: dict = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "architectures": ops.native.cuda_architectures()}
-
-    def write() -> None:
-        target = options.out / "gpu_check.json"
-        beside = target.with_suffix(".part")
-        beside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        beside.replace(target)
-
-    stages: dict[str, Callable[[], dict]] = {
-        "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
-        "adapters by row": lambda: adapters_by_row("cuda"), "adapter switch": lambda: adapter_switch("cuda"),
-        "modules": lambda: module_moves("cuda"), **{name: lambda part=part: part("cuda") for name, part in gpu_models.STAGES.items()}, "graphs": lambda: graphs_and_streams("cuda"), "checkers": lambda: checkers(min(120, left() / 3)),
-    }  # fmt: skip
-    for name, stage in stages.items():
-        if left() < 10:
-            results[name] = {"failed": [], "skipped": "out of time"}
-            continue
-        try:
-            results[name] = stage()
-        except Exception as error:  # one broken stage must not cost the others of a rare machine
-            results[name] = {"failed": [f"{type(error).__name__}: {str(error).splitlines()[0]}"]}
-        print(f"[{time.monotonic() - start:5.0f} s] {name}: {results[name]}", flush=True)
-        write()
-    results["speed"] = []
-    read = results["ceilings"].get("read_bytes_per_s", float("nan"))
-    for m in (1, 8, 16, 64, 2048):
-        for in_, out in SPEED_SHAPES:
-            if left() < 20:
-                results["speed_left_out"] = [*results.get("speed_left_out", []), [in_, out, m]]
-                continue
-            try:
-                speed_rows(in_, out, m, results["speed"], read)
-            except Exception as error:
-                print(f"  {out} x {in_} m={m}: {type(error).__name__}: {str(error).splitlines()[0]}")
-            torch.cuda.empty_cache()
-            write()
-    print(summary(results))
-    return any(part.get("failed") for part in results.values() if isinstance(part, dict))
+    return work_off([sys.executable, __file__, "--worker", "--out", str(options.out)], options.out / RESULTS, options.seconds)
 
 
 if __name__ == "__main__":

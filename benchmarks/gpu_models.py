@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import calora_ext as cx
 from calora_ext.adaptation import Settings
+from calora_ext.adapters import add_adapter
+from calora_ext.lowrank import Factors
 
 SHAPE = {"vocab_size": 256, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 255}  # fmt: skip
@@ -41,6 +43,11 @@ def logits(model, ids: Tensor) -> Tensor:
 
 def apart(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
+
+
+def compiler(device: str) -> dict:
+    """How torch.compile is called: on a GPU its graphs are captured as CUDA graphs."""
+    return {"backend": "inductor", "mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
 
 
 def saved_and_loaded(device: str) -> dict:
@@ -75,8 +82,7 @@ def compiled_and_cast(device: str) -> dict:
         if not apart(logits(model, ids), want) < CLOSE:
             failed.append("another result under autocast")
     twin = copy.deepcopy(model)
-    backend = {"backend": "inductor", "mode": "reduce-overhead"} if device == "cuda" else {"backend": "eager"}
-    twin.forward = torch.compile(twin.forward, fullgraph=True, **backend)
+    twin.forward = torch.compile(twin.forward, fullgraph=True, **compiler(device))
     for _ in range(3):  # CUDA graphs are recorded in the second call and replayed in the third
         if not apart(logits(twin, ids), want) < 1e-3:
             failed.append("another result compiled")
@@ -111,4 +117,30 @@ def trained(device: str) -> dict:
     return {"failed": failed + [f"{name} is not on the {device}" for name in elsewhere[:1]]}
 
 
-STAGES: dict[str, Callable[[str], dict]] = {"models": saved_and_loaded, "compiled": compiled_and_cast, "training": trained}
+def switched(device: str) -> dict:
+    """Adapters of several ranks that take turns in one compiled model, which must not be compiled again."""
+    model, ids, failed = small_model().to(device), tokens(device), []
+    paths = [path for path, layer in model.named_modules() if isinstance(layer, cx.CompressedLinear) and path.endswith(("q_proj", "down_proj"))]
+    for name, rank in (("a", 4), ("b", 8)):
+        factors = {path: Factors(torch.randn(rank, layer.in_features) / 16, torch.randn(layer.out_features, rank), 0.5)
+                   for path in paths for layer in [model.get_submodule(path)]}  # fmt: skip
+        add_adapter(model, name, lora=factors, recovery=factors)
+    want = {}
+    for name in ("a", "b"):
+        cx.set_adapter(model, name)
+        want[name] = logits(model, ids)
+    cx.enable_hotswap(model, target_rank=8)
+    torch._dynamo.reset()
+    forward = torch.compile(lambda x: model(x, use_cache=False).logits, fullgraph=True, **compiler(device))
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for turn, name in enumerate("aabbab"):  # CUDA graphs are recorded in the second call
+            cx.set_adapter(model, name)
+            difference = apart(forward(ids).float().cpu(), want[name])
+            if not difference < 1e-3:
+                failed.append(f"adapter {name!r}, call {turn}: {difference:.1e} from the model that is not compiled")
+    if not apart(want["a"], want["b"]) > 0.1:
+        failed.append("the two adapters do the same")
+    return {"failed": failed}
+
+
+STAGES: dict[str, Callable[[str], dict]] = {"models": saved_and_loaded, "compiled": compiled_and_cast, "training": trained, "adapters of a model": switched}

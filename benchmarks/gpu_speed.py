@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from gpu_stages import said
 from torch import Tensor
 
 from calora_ext import WeightFormat, ops
@@ -167,7 +168,7 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device
         scales = torch.ones(in_ // 128, out, 2, device=device, dtype=dtype)
         add("torch _weight_int4pack_mm g128", timed([lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in packed], device=device), in_ * out // 2)
     except Exception as error:
-        print(f"  _weight_int4pack_mm: left out ({str(error).splitlines()[0][:100]})")
+        print(f"  _weight_int4pack_mm: left out ({said(error)})")
     try:
         import bitsandbytes as bnb
 
@@ -177,4 +178,4 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device
     except ImportError:
         print("  bitsandbytes: left out (not installed)")
     except Exception as error:
-        print(f"  bitsandbytes: left out ({str(error).splitlines()[0][:100]})")
+        print(f"  bitsandbytes: left out ({said(error)})")

@@ -1,15 +1,18 @@
 """benchmarks/gpu_check.sh as far as a machine without a GPU can tell: its arguments, its dry run, its table."""
 
 import contextlib
+import importlib
 import json
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu_check
 import gpu_speed
+import gpu_stages
 import pytest
 import torch
 
@@ -108,25 +111,69 @@ def test_the_checkers_are_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     said = gpu_check.checkers(20)
     assert said["memcheck"].startswith("exit 0: ERROR SUMMARY") and said["memcheck"].endswith("gpu_check.py")
-    assert said["racecheck"] == "the tool refuses this device"
+    assert said["racecheck"] == "the tool refuses this device" and not said["failed"]
+    tool.write_text('#!/bin/sh\n[ "$2" = synccheck ] && sleep 60 & wait; echo "ERROR SUMMARY: 1 error"; exit 99\n')
+    said = gpu_check.checkers(2)
+    assert [text.split(":")[0] for text in said["failed"]] == ["memcheck", "racecheck"] and said["synccheck"] == "not finished in time"
+    assert "memcheck: exit 99" in gpu_check.summary({"checkers": said})
 
 
 def test_a_broken_stage_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
     """The whole run, its stages replaced: what is written, what is said last, and the exit status."""
     for name in ("correctness", "backward", "adapters_by_row", "adapter_switch", "module_moves", "graphs_and_streams", "checkers"):
         monkeypatch.setattr(gpu_check, name, lambda *args, **options: {"failed": []})
-    monkeypatch.setattr(gpu_check.gpu_models, "STAGES", {"models": lambda device: {"failed": []}})
+    monkeypatch.setattr(gpu_check, "with_models", lambda name, device: {"failed": []})
+    monkeypatch.setattr(gpu_stages, "gpu_works", lambda: True)
     monkeypatch.setattr(gpu_check, "opcheck", lambda device: torch.zeros(2) + torch.zeros(3))
     monkeypatch.setattr(gpu_check, "ceilings", lambda: {"read_bytes_per_s": 4e12})
     monkeypatch.setattr(gpu_check, "speed_rows", lambda in_, out, m, rows, read: rows.append(
         {"in": in_, "out": out, "m": m, "what": gpu_check.INT4, "seconds": 1e-5, "bytes": 4, "of_read_ceiling": 4 / 1e-5 / read}))  # fmt: skip
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a pretended GPU")
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--worker", "--out", str(tmp_path)])
     assert gpu_check.main()
-    written = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    written = json.loads((tmp_path / "gpu_check.json").read_text())
     assert len(written["speed"]) == 15 and written["opcheck"]["failed"][0].startswith("RuntimeError") and not written["models"]["failed"]
     assert "1 FAILED: RuntimeError" in (printed := capsys.readouterr().out) and printed.rstrip().splitlines()[-1].startswith("| 28672 x 8192")
+
+
+WORKER = """
+    import os, sys, time
+    from pathlib import Path
+    import gpu_stages
+    gpu_stages.STAGE_SECONDS, gpu_stages.gpu_works = 1, lambda: False
+    run = gpu_stages.Run(Path(sys.argv[1]), float(sys.argv[3]))
+    run.stage("good", lambda: {"failed": [], "pid": os.getpid()})
+    run.stage("killed", lambda: os.kill(os.getpid(), 9))
+    run.stage("hangs", lambda: time.sleep(60))
+    run.stage("GPU lost", lambda: 1 / 0)
+    run.stage("rows", lambda: run.results["speed"].append(1))
+    run.stage("late", lambda: {"failed": []}, least=1e6)
+    sys.exit(run.finish())
+"""
+
+
+def test_a_stage_that_dies_hangs_or_loses_the_gpu_is_left_behind(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+    file = tmp_path / "results.json"
+    file.write_text('{"begun": ["good"], "finished": true}')  # of an earlier run
+    assert gpu_stages.work_off([sys.executable, "-c", textwrap.dedent(WORKER), str(file)], file, 50) == 1
+    results = json.loads(file.read_text())
+    assert results["good"].pop("pid") and results["good"] == {"failed": []} and results["speed"] == [1] and "rows" not in results
+    assert results["killed"] == results["hangs"] == {"failed": ["its process died, or it did not end"]}
+    assert results["GPU lost"] == {"failed": ["ZeroDivisionError: division by zero"]} and results["late"]["skipped"] == "out of time"
+    printed = capfd.readouterr()
+    assert [line.split()[4] for line in printed.out.splitlines() if line.startswith("The process ended")] == ["killed", "hangs", "GPU"]
+    assert "Timeout" in printed.err and "out of time" in gpu_check.summary(results | {"speed": []})
+
+
+def test_workers_that_get_nowhere_are_not_started_for_ever(tmp_path):
+    assert gpu_stages.work_off([sys.executable, "-c", "import sys; sys.exit(7)"], tmp_path / "results.json", 50) == 7
+    assert gpu_stages.said(AssertionError()) == "AssertionError: "
+
+
+def test_the_stages_of_models_are_the_ones_that_run():
+    assert tuple(importlib.import_module("gpu_models").STAGES) == gpu_check.MODELS
 
 
 def test_a_wrong_result_fails_the_dry_run(monkeypatch):
@@ -137,7 +184,7 @@ def test_a_wrong_result_fails_the_dry_run(monkeypatch):
 
 def test_the_table_names_failures_first_hand():
     rows = [{"in": 64, "out": 32, "m": 1, "what": what, "seconds": s, "bytes": 10, "of_read_ceiling": 0.5} for what, s in (("int4 g128", 1e-5), ("cuBLAS bf16", 3e-5))]
-    text = gpu_check.summary({"correctness": {"failed": ["int4: 1 > 0"]}, "graphs": {"failed": []}, "checkers": {"skipped": "not found"}, "speed": rows})
+    text = gpu_check.summary({"correctness": {"failed": ["int4: 1 > 0"]}, "graphs": {"failed": []}, "checkers": {"failed": [], "skipped": "not found"}, "speed": rows})
     assert "1 FAILED: int4: 1 > 0" in text and "3.00" in text and "not found" in text
 
 
