@@ -63,6 +63,8 @@ def perplexity(model: nn.Module, tokenizer, text: str | list[str] | Tensor, max_
     knows its ``loss``, ``tokens`` and ``window``. Raises CaloraError where there is nothing to predict.
     """
     ids = text if isinstance(text, Tensor) else token_stream([text] if isinstance(text, str) else list(text), tokenizer)
+    if getattr(model.config, "is_encoder_decoder", False) or type(model).__name__.endswith("ForSequenceClassification"):
+        raise CaloraError(f"a {type(model).__name__} is no causal language model; name its task, seq2seq-lm or sequence-classification")
     window = window_of(model, max_length)
     total, tokens = 0.0, 0
     with evaluating(model), torch.inference_mode():

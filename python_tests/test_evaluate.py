@@ -41,6 +41,9 @@ def test_perplexity_of_bad_input():
     with pytest.raises(CaloraError, match="more than the 64 tokens"):
         perplexity(model, tokenizer, "a b c", max_length=65)
     assert perplexity(model, tokenizer, "a b c").window == 4  # shorter than the context
+    for make in (make_classifier, make_t5, make_bert):
+        with pytest.raises(CaloraError, match="no causal language model; name its task"):
+            perplexity(make(), tokenizer, "a b c")
 
 
 @pytest.mark.parametrize("make", [make_classifier, make_bert])
