@@ -150,10 +150,10 @@ def backward(device: str) -> dict:
     return {"failed": failed}
 
 
-def adapters_by_row(device: str) -> dict:
+def adapters_by_row(device: str, rows_of_x: tuple[int, ...] = (8, 40, 100)) -> dict:
     """Rows of x that take one of three banks each, or none: fused and decoded, against float64."""
     failed = []
-    for m in (8, 40, 100):
+    for m in rows_of_x:
         case = Case(WeightFormat("int4", 128), m, 1024, 512, 0, 0, torch.bfloat16, device, seed=m)
         down, up = torch.randn(3, 24, 1024, device=device) / 32, torch.randn(3, 512, 24, device=device)
         down, up = down.bfloat16(), up.bfloat16()
@@ -342,7 +342,7 @@ def try_speed() -> None:
     """Every call that would be timed, once, small, on the CPU."""
     ceilings(4096, 64, "cpu")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        for m in (1, 8):
+        for m in (1, 8, 64):
             speed_rows(256, 64, m, [], float("nan"), "cpu")
 
 
@@ -387,7 +387,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use was found; --dry-run runs what needs none")
     if options.small:
-        return bool(correctness("cuda", small=True)["failed"])
+        return bool(correctness("cuda", small=True)["failed"] + adapters_by_row("cuda", (8,))["failed"])
     if options.out is None:
         parser.error("name a folder for the results with --out")
     if options.worker:

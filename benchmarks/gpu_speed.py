@@ -17,6 +17,7 @@ SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("nf4", 64), WeightForma
 INT4, BANK, BY_ROW = "int4 g128", "int4 g128 + LoRA 16 + recovery 64", "int4 g128, 8 banks for 8 rows"
 CUBLAS, PEFT = "cuBLAS bf16", "cuBLAS bf16 + LoRA as PEFT computes it"
 EAGER = ", eager"
+INT4PACK, BITSANDBYTES, SEMI_STRUCTURED = "torch _weight_int4pack_mm g128", "bitsandbytes nf4", "torch 2:4 bf16 (cuSPARSELt)"
 SPEED_SHAPES = ((8192, 8192), (8192, 28672), (4096, 14336))  # (in, out)
 COPIES_BYTES = 256 << 20  # rotate weights through this much: several times any L2
 GRAPH_CALLS = 32  # in a graph that is timed, so that its own start counts for little
@@ -114,6 +115,7 @@ def ceilings(size: int | None = None, n: int = 8192, device: str = "cuda") -> di
     return {"copy_bytes_per_s": copy, "read_bytes_per_s": read, "bf16_flop_per_s": product}
 
 
+@torch.no_grad()
 def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device: str = "cuda") -> None:
     """One shape and M: our formats with and without the bank, and the peers. Every weight has adapters of its own."""
     dtype, lora, recovery = torch.bfloat16, 16, 64
@@ -160,22 +162,32 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device
     calls = [lambda w=w, a=a, b=b: with_lora(w, a, b) for w, (a, b) in zip(dense, adapters, strict=True)]
     add(PEFT, timed(calls, device=device), nbytes + 4 * lora * (in_ + out))
     add(PEFT + EAGER, timed_eager(calls, device=device), nbytes + 4 * lora * (in_ + out))
-    del dense, calls
-    try:
-        codes = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8, device=device)
-        n = copies(in_ * out // 2)
-        packed = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n)]
-        scales = torch.ones(in_ // 128, out, 2, device=device, dtype=dtype)
-        add("torch _weight_int4pack_mm g128", timed([lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in packed], device=device), in_ * out // 2)
-    except Exception as error:
-        print(f"  _weight_int4pack_mm: left out ({said(error)})")
-    try:
-        import bitsandbytes as bnb
+    del dense, adapters, calls
 
-        layers = [bnb.nn.Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device=device).to(device) for _ in range(copies(in_ * out // 2))]
-        with torch.no_grad():
-            add("bitsandbytes nf4", timed([lambda w=w: w(x) for w in layers], device=device), in_ * out // 2)
-    except ImportError:
-        print("  bitsandbytes: left out (not installed)")
-    except Exception as error:
-        print(f"  bitsandbytes: left out ({said(error)})")
+    def peer(name: str, nbytes: int, build: Callable[[int], list[Callable[[], object]]]) -> None:
+        try:
+            add(name, timed(build(copies(nbytes)), device=device), nbytes)
+        except Exception as error:
+            print(f"  {name}: left out ({said(error)})")
+
+    def int4pack(n: int) -> list[Callable[[], object]]:
+        codes = torch.randint(0, 256, (out, in_ // 2), dtype=torch.uint8, device=device)
+        scales = torch.ones(in_ // 128, out, 2, device=device, dtype=dtype)
+        weights = [torch.ops.aten._convert_weight_to_int4pack(codes, 8) for _ in range(n)]
+        return [lambda w=w: torch.ops.aten._weight_int4pack_mm(x, w, 128, scales) for w in weights]
+
+    def bitsandbytes(n: int) -> list[Callable[[], object]]:
+        from bitsandbytes.nn import Linear4bit
+
+        layers = [Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device=device).to(device) for _ in range(n)]
+        return [lambda layer=layer: layer(x) for layer in layers]
+
+    def semi_structured(n: int) -> list[Callable[[], object]]:
+        kept = torch.tensor([1, 1, 0, 0], device=device, dtype=dtype).repeat(in_ // 4)
+        weights = [torch.sparse.to_sparse_semi_structured(torch.randn(out, in_, device=device, dtype=dtype) * kept) for _ in range(n)]
+        return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+
+    peer(INT4PACK, in_ * out // 2, int4pack)
+    peer(BITSANDBYTES, in_ * out // 2, bitsandbytes)
+    if m >= 64:  # whether prefill of 2:4 should go that way; at a small M it pads x
+        peer(SEMI_STRUCTURED, in_ * out * 9 // 8, semi_structured)

@@ -87,6 +87,35 @@ def test_timing_on_a_pretended_gpu(monkeypatch):
     assert seconds == pytest.approx(0.064 / 33)
 
 
+def test_peers_that_are_there_are_timed_and_others_named(monkeypatch, capsys):
+    """Stand-ins with the arguments of the real ones, which need a GPU: a misspelt call would leave a peer out in silence."""
+    rows, dense = [], torch.randn(64, 256).bfloat16()
+
+    def linear4bit(in_, out, *, bias, compute_dtype, quant_type, device):
+        return torch.nn.Linear(in_, out, bias=bias, dtype=compute_dtype, device=device)
+
+    def by_scales(x, weight, group_size, scales):
+        assert scales.shape == (x.shape[1] // group_size, weight.shape[0], 2)
+        return x @ dense.t()
+
+    def sparse(weight):
+        assert int((weight.view(-1, 4) != 0).sum(1).max()) == 2
+        return weight
+
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", SimpleNamespace(Linear4bit=linear4bit))
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda codes, inner_k_tiles: codes)
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", by_scales)
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", sparse)
+    gpu_speed.speed_rows(256, 64, 64, rows, 4e12, "cpu")
+    names = [row["what"] for row in rows]
+    assert {gpu_speed.INT4, gpu_speed.BANK, gpu_speed.CUBLAS, gpu_speed.PEFT, gpu_speed.INT4PACK, gpu_speed.BITSANDBYTES, gpu_speed.SEMI_STRUCTURED} <= set(names)
+    assert "left out" not in capsys.readouterr().out and len(names) == len(set(names))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    gpu_speed.speed_rows(256, 64, 1, rows, 4e12, "cpu")
+    assert "bitsandbytes nf4: left out (ModuleNotFoundError" in capsys.readouterr().out and rows[-1]["what"] == gpu_speed.INT4PACK
+
+
 def test_an_adapter_for_each_row_is_judged(monkeypatch):
     """The CPU has no kernel for it: a slow layer in its place, right and wrong."""
 
