@@ -147,8 +147,8 @@ def test_the_checkers_are_asked(tmp_path, monkeypatch):
     assert "memcheck: exit 99" in gpu_check.summary({"checkers": said})
 
 
-def test_a_broken_stage_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
-    """The whole run, its stages replaced: what is written, what is said last, and the exit status."""
+def test_a_broken_stage_does_not_cost_the_others(tmp_path, monkeypatch):
+    """A whole worker, its stages replaced: what is written, what the tables say of it, and the exit status."""
     for name in ("correctness", "backward", "adapters_by_row", "adapter_switch", "module_moves", "graphs_and_streams", "checkers"):
         monkeypatch.setattr(gpu_check, name, lambda *args, **options: {"failed": []})
     monkeypatch.setattr(gpu_check, "with_models", lambda name, device: {"failed": []})
@@ -162,8 +162,9 @@ def test_a_broken_stage_does_not_cost_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--worker", "--out", str(tmp_path)])
     assert gpu_check.main()
     written = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert len(written["speed"]) == 15 and written["opcheck"]["failed"][0].startswith("RuntimeError") and not written["models"]["failed"]
-    assert "1 FAILED: RuntimeError" in (printed := capsys.readouterr().out) and printed.rstrip().splitlines()[-1].startswith("| 28672 x 8192")
+    assert len(written["speed"]) == 18 and written["opcheck"]["failed"][0].startswith("RuntimeError") and not written["models"]["failed"]
+    printed = gpu_check.summary(written)
+    assert "1 FAILED: RuntimeError" in printed and printed.splitlines()[-1].startswith("| 28672 x 8192")
 
 
 WORKER = """
@@ -199,6 +200,13 @@ def test_a_stage_that_dies_hangs_or_loses_the_gpu_is_left_behind(tmp_path, capfd
 def test_workers_that_get_nowhere_are_not_started_for_ever(tmp_path):
     assert gpu_stages.work_off([sys.executable, "-c", "import sys; sys.exit(7)"], tmp_path / "results.json", 50) == 7
     assert gpu_stages.said(AssertionError()) == "AssertionError: "
+
+
+def test_tables_come_last_even_of_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "work_off", lambda worker, file, seconds: 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path / "out")])
+    assert gpu_check.main() == 7 and "result" in capsys.readouterr().out.splitlines()[0]
 
 
 def test_the_stages_of_models_are_the_ones_that_run():
