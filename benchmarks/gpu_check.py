@@ -42,14 +42,14 @@ SPEED_UPS = [
     ((64,), None, INT4, CUBLAS, 1.4), ((1, 8), None, "int4 g128 2:4", INT4, 1.22), ((1, 8), None, "int4 g128 unstructured", INT4, 1.15),
     ((1, 8), None, "bf16 unstructured", CUBLAS, 1.4), ((2048,), None, BANK, CUBLAS, 1 / 1.15), ((8,), None, BY_ROW, BANK, 1 / 1.25),
 ]  # fmt: skip
-RESULTS = "gpu_check.json"
-MODELS = ("models", "compiled", "training", "adapters of a model")  # stages of gpu_models.py
 OF_ONE_ROW = 0.9  # at M = 16, of the speed-up of INT4 over CUBLAS at M = 1
 ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative, Frobenius, of fused results
 PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}  # torch's own products of rounded weights
+RESULTS = "gpu_check.json"
+MODELS = ("models", "compiled", "training", "adapters of a model")  # stages of gpu_models.py
 
 
 def sparse_mask(fmt: WeightFormat, out: int, in_: int, device: str = "cpu", seed: int = 0) -> Tensor | None:
