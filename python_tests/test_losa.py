@@ -173,6 +173,11 @@ def test_nothing_pruned_and_everything_pruned():
     assert result.sparsity == 1.0 and not any(layer.decode().any() for layer in sparse_layers(model).values())
 
 
+@pytest.mark.parametrize(("sparsity", "times"), [(0.5, 5), ("2:4", 1)])
+def test_a_share_is_approached_and_a_pattern_pruned_at_once(sparsity, times):
+    assert len(adapt(make_llama(), sparsity=sparsity, prunings=None).phases) == times
+
+
 def test_distillation_is_from_the_model_as_it_came():
     """Nothing pruned: student and teacher agree at the first step, and no longer once trained."""
     both = Distill(hidden={-1: 0.05}, logits=2.0)

@@ -40,7 +40,7 @@ def sparse_adapt(
     tokenizer,
     sparsity: str | float | None = None,
     recipe: Recipe | None = None,
-    prunings: int = 5,
+    prunings: int | None = None,
     schedule: str = "cubic",
     rank: int = 8,
     rank_growth: float = 1.0,
@@ -65,7 +65,8 @@ def sparse_adapt(
 
     sparsity: a share (default 0.7, the paper's headline) or a pattern such as "2:4". recipe: instead of it, everything about the
     result; by default bf16 weights, which round least, chosen by SparseGPT, with rates "rmi" (a pattern: uniform), as published.
-    prunings: 5, as published; 1 prunes once. schedule: how the sparsity grows over them, "cubic" as published, or "linear".
+    prunings: by default 5 for a share, as published, and 1 for a pattern, where more lost (benchmarks/NOTES.md). schedule: how the sparsity
+    grows over them, "cubic" as published, or "linear".
     rank: 8, as published, the mean over blocks and prunings; rank_growth: by how much the mean rises at each (1). ranks: "error",
     in proportion to the error of each block's output and at most twice the rank, as published, or "uniform".
     revive: whether SparseGPT may bring back weights that an earlier pruning removed, as the released code does.
@@ -81,6 +82,7 @@ def sparse_adapt(
     began = time.monotonic()
     settings, task = Settings.of(args), task_name(task)
     recipe = _recipe(sparsity, recipe, on_grid)
+    prunings = default_prunings(recipe.sparsity) if prunings is None else prunings
     chosen = Plan(recipe, prunings, schedule, rank, rank_growth, ranks, revive, on_grid)
     if resident := list_adapters(model):
         raise CaloraError(f"adapter {resident[0]!r} is loaded on the layers, which are replaced; delete_adapter it first")
@@ -127,6 +129,11 @@ def _recipe(sparsity: str | float | None, recipe: Recipe | None, on_grid: bool) 
         raise CaloraError('on_grid=True rounds to nearest while it trains, which leaves rounding="gptq" nothing to do; leave one of them out')
     nearest = on_grid or recipe.weights == "bf16"
     return replace(recipe, pruner=recipe.pruner or "sparsegpt", rounding=recipe.rounding or ("rtn" if nearest else "gptq"))
+
+
+def default_prunings(sparsity: str | float) -> int:
+    """A share is approached little by little; 2:4 is two steps from dense, and steps spent before it are lost."""
+    return 1 if ":" in str(sparsity) else 5
 
 
 def default_rates(sparsity: str | float) -> str:
