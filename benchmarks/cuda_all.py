@@ -27,6 +27,13 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def compiled(messages: str) -> dict[str, int]:
+    """Bytes that each kernel spills, of what ptxas says: "Compiling entry function 'NAME' ...", then its properties."""
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores", messages, re.S)
+    names = subprocess.run(["c++filt", "-p", *(name for name, _ in kernels)], input="", capture_output=True, text=True, check=True).stdout.splitlines()
+    return {re.sub(r"calora::cuda::|\(anonymous namespace\)::", "", name): int(spilled) for name, (_, spilled) in zip(names, kernels, strict=True)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the rows")
@@ -39,7 +46,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for arch in options.archs.split(","):
-            start, size, spilled, kernels = children_seconds(), 0, 0, 0
+            start, size, spilled = children_seconds(), 0, {}
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
                 target = Path(folder) / f"{source.stem}.cubin"
                 command = [nvcc, "-cubin", "-O3", "-std=c++17", f"-arch=sm_{arch}", "-Xptxas", "-v", str(source), "-o", str(target)]
@@ -47,9 +54,9 @@ def main() -> int:
                 if result.returncode:
                     sys.exit(f"sm_{arch}, {source.name}: {result.stderr.strip()[-500:]}")
                 size += target.stat().st_size
-                spills = re.findall(r"(\d+) bytes spill stores", result.stdout + result.stderr)
-                spilled, kernels = spilled + sum(map(int, spills)), kernels + len(spills)
-            rows.append({"arch": f"sm_{arch}", "cpu_seconds": round(children_seconds() - start, 1), "kernels": kernels, "bytes": size, "spilled_bytes": spilled})
+                spilled |= compiled(result.stdout + result.stderr)
+            rows.append({"arch": f"sm_{arch}", "cpu_seconds": round(children_seconds() - start, 1), "kernels": len(spilled), "bytes": size,
+                         "spilled_bytes": sum(spilled.values()), "spilling": {name: count for name, count in spilled.items() if count}})  # fmt: skip
             print(rows[-1], flush=True)
             if options.out:
                 not_run = [other for other in ARCHS if f"sm_{other}" not in [row["arch"] for row in rows]]
