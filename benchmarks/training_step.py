@@ -104,7 +104,7 @@ def measure(peer: str, directory: Path, layers: int, batch: int, tokens: int, th
         optimizer.zero_grad()
         return time.perf_counter() - begin
 
-    with heap.frugal() if peer == "calora int4 g64" else nullcontext():  # as cx.adapt trains
+    with heap.frugal() if peer == "calora int4 g64" else nullcontext():  # as cx.adapt does beside checkpointing
         step()
         gc.collect()
         heap.trim()

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .. import heap
 from ..errors import CaloraError
 from ..io.batches import Sample, collate
 from . import checkpoint
@@ -87,7 +86,7 @@ def train(
     save_every = settings.save_every(steps) if settings.output_dir else 0
     began, tokens = time.monotonic(), 0
     bar = tqdm(total=steps, initial=start, unit="step", desc=title, disable=settings.disable_tqdm, dynamic_ncols=True)
-    with bar, torch.random.fork_rng(enabled=True), heap.frugal():
+    with bar, torch.random.fork_rng(enabled=True):
         for step in range(start, steps):
             torch.manual_seed(derived_seed(settings.seed, "step", step))
             first = skip + step * settings.samples_per_step

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .. import heap
 from ..adapters import active_adapters, delete_adapter, set_adapter
 from ..evaluate import accuracy, context_of, mean_loss, pad_id_of, window_of
 from ..io.batches import Sample, task_name, tokenize
@@ -148,8 +149,10 @@ def samples_of(model, tokenizer, data, task, length, columns) -> tuple[list[Samp
 
 
 def checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
-    """Gradient checkpointing for the time being, where it is asked for."""
+    """Gradient checkpointing for the time being, where it is asked for, and with it the other way to pay for memory with time."""
     stack = ExitStack()
+    if settings.gradient_checkpointing:
+        stack.enter_context(heap.frugal())
     if settings.gradient_checkpointing and not model.is_activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         stack.callback(model.activation_checkpointing_disable)

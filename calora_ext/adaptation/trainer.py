@@ -20,7 +20,6 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .. import heap
 from ..adapters import active_adapters, delete_adapter, save_adapter, set_adapter
 from ..compression.calibrate import find_blocks
 from ..errors import CaloraError
@@ -123,7 +122,6 @@ class CaloraTrainer(Trainer):
                 )
                 self._source = stack.enter_context(teaching)
             stack.enter_context(checkpointed(self.model, args))
-            stack.enter_context(heap.frugal())
             finish = arm.start_training()
             if not self._sharding:  # FSDP2 has no way back: the adapter stays in training
                 stack.callback(self._forget)
