@@ -61,9 +61,9 @@ class Run:
         self.results[name] = {"failed": ["its process died, or it did not end"]}
         self.write()
         faulthandler.dump_traceback_later(min(STAGE_SECONDS, self.left() + 5), exit=True, file=sys.__stderr__)
-        failed = False
         try:
             result = work()
+            failed = bool(result and result.get("failed"))
             self.results.pop(name) if result is None else self.results.update({name: result})
         except Exception as error:
             failed = True
