@@ -43,8 +43,16 @@ struct Ring {
 
 constexpr int kSumStride = 36;  // floats from one row of x to the next where the warps' sums meet; 36: no bank conflicts
 
+// Blocks of few rows of x that a multiprocessor holds at once: two rings where it has the shared memory. Asking for two where one fits
+// (100 KB: sm_86, sm_89, sm_120) would only halve the registers; on sm_120 28 kernels spilled.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kBlocks = 1;
+#else
+constexpr int kBlocks = 2;
+#endif
+
 template <class P, class T, int NB>
-__global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? 2 : 1) linear(const LinearArgs a, const Geometry geo) {
+__global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, NB <= 2 ? kBlocks : 1) linear(const LinearArgs a, const Geometry geo) {
   using R = Ring<P, NB>;
   using V = typename P::Value;
   CALORA_SHARED(shared);
