@@ -276,7 +276,7 @@ def test_tiled_up_equals_row_major_up(rung, m):
 @pytest.mark.parametrize("m", [1, 5, 40])
 @pytest.mark.parametrize("fmt", [f for f in FORMATS if f.group_size == 128 or str(f) == "nf4 g64"], ids=str)
 def test_the_result_does_not_depend_on_the_number_of_threads(rung, fmt, m, activations):
-    in_, out = (256, 200) if rung == "reference" else (1024, 1000)
+    in_, out = (256, 200) if rung == "reference" else (1024, 1400)  # smaller layers are decoded by one thread
     packed, bias, down, up = layer(fmt, out, in_, 32, torch.float32)
     x = torch.randn(m, in_)
     results = []

@@ -67,10 +67,13 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
   return result ^ kReference.read(data + kStreams * part, bytes - kStreams * part);
 }
 
+// Where one row takes as long with two threads as with one (int4, in L2 and in L3; benchmarks/NOTES.md).
+constexpr int64_t kForkBytes = 416 * 1024;
+
 // consteval: a table built at load would run code of this instruction set on processors that lack it.
 template <class V>
 consteval Kernels rung(const char* isa) {
-  return {isa, prepare_x<V>, bank_down<V>, units<V>, decode_rows<V>, prepare_grad<V>, backward_units<V>, read<V>};
+  return {isa, kForkBytes, prepare_x<V>, bank_down<V>, units<V>, decode_rows<V>, prepare_grad<V>, backward_units<V>, read<V>};
 }
 
 }  // namespace
