@@ -78,7 +78,7 @@ void base_units(void* context, int64_t begin, int64_t end) {
 // Whether the tiles are done sooner by the calling thread than by several, who take 4 to 5 us to start and to wait for. From
 // memory the time of the base is that of its bytes, whatever the number of rows; in cache it goes with the rows.
 bool stays(const LinearArgs& a, const Kernels& k) {
-  const int64_t bytes = a.w.g.bytes() + (a.w.pattern == Pattern::bitmask ? a.w.kept_limit : 0);
+  const int64_t bytes = a.w.g.bytes() + (has_kept(a.w.pattern) ? a.w.kept_limit : 0);
   return a.m <= kDecodeRows && bytes * (3 + a.m) / 4 < k.fork_bytes;
 }
 

@@ -207,10 +207,9 @@ Packed make_weight(const Format& f, int64_t in, int64_t out, double density, boo
 
 int64_t calls = 0;
 
-void pool(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
-  if (begin < end && end - begin <= grain) return body(context, begin, end);
+void pool(int64_t begin, int64_t end, int64_t, Body body, void* context) {  // whatever the grain: kernels may be cut anywhere
   while (begin < end) {  // the last piece first
-    const int64_t least = grain < end - begin ? grain : end - begin, start = end - least - below(end - begin - least + 1);
+    const int64_t start = end - 1 - below(end - begin);
     body(context, start, end);
     end = start;
   }
