@@ -308,8 +308,8 @@ def install(model: nn.Module, name: str, adapter: LoraAdapter, recovered: dict[s
     with base_only(model):
         try:
             for path in dict.fromkeys((*adapter.factors, *recovered)):
-                bank = _bank(model, path, name, state)
-                bank.add(name, adapter.factors.get(path), recovered.get(path))
+                bank, device = _bank(model, path, name, state), _device(_module(model, path, name))
+                bank.add(name, *(b if b is None or device is None else b.to(device) for b in (adapter.factors.get(path), recovered.get(path))))
                 entry.banks[path] = bank
                 bank.prepare(name)
             for path, bias in adapter.lora_bias.items():
@@ -348,8 +348,14 @@ def _bank(model: nn.Module, path: str, adapter: str, state: _State) -> LowRankBa
         layer.register_forward_hook(_add_low_rank, with_kwargs=True)
     else:
         raise CaloraError(f"adapter {adapter!r} targets {path}, a {type(layer).__name__}; only linear layers carry adapters")
-    layer.bank.to(layer.weight.device).train(layer.training)
+    layer.bank.train(layer.training)
     return layer.bank
+
+
+def _device(layer: nn.Module) -> torch.device | str | int | None:
+    """Where a layer computes: where its weight is, or, where that is offloaded, where accelerate's hook brings it. None: nowhere."""
+    device = layer.weight.device
+    return device if device.type != "meta" else getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
 
 
 def _add_low_rank(layer: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
