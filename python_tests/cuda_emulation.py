@@ -81,7 +81,7 @@ class Emulated:
         """y, as the operator computes it: x padded where its rows are not 16-byte aligned, then bank_down, then the pattern's kernel."""
         m, in_features = x.shape
         library = self.libraries[fmt.pattern]
-        stride = -(-in_features // 8) * 8
+        stride = fmt.geometry(in_features, out_features).columns
         if stride != in_features:
             padded = aligned(torch.full((m, stride), float("nan"), dtype=x.dtype))
             self.check(library.calora_cuda_copy_rows(c.c_void_p(padded.data_ptr()), c.c_int64(2 * stride), c.c_void_p(x.data_ptr()),

@@ -142,6 +142,7 @@ inline void to_fiber() {
 inline void run_thread() {
   body();
   Fiber& f = fibers[current];
+  if (!f.waited) fail("a thread ends that has not waited for the kernel before it");
   f.done = true;
   ++progress;
   block_meeting.leave();
@@ -281,23 +282,54 @@ void mma_sparse(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4], u
   if constexpr (std::is_same_v<T, Bf16>) emulator::mma_sparse<emulator::bf16>(d, a, b, places, Half);
   else emulator::mma_sparse<emulator::f16>(d, a, b, places, Half);
 }
+using Shared = uint8_t*;
+inline Shared shared_at(uint8_t* p) { return p; }
+inline Shared keep(Shared p) { return p; }
+inline bool within_shared(Shared p, std::size_t bytes) {
+  using emulator::shared_memory;
+  const bool within = p >= shared_memory.data() && p + bytes <= shared_memory.data() + shared_memory.size() && reinterpret_cast<uintptr_t>(p) % bytes == 0;
+  if (!within) emulator::fail("an access outside shared memory, or a misaligned one");
+  return within;
+}
+template <class V>
+V load_shared(Shared p) {
+  V v{};
+  if (within_shared(p, sizeof v)) std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store_shared(Shared p, uint32_t v) {
+  if (within_shared(p, sizeof v)) std::memcpy(p, &v, sizeof v);
+}
 // PTX ldmatrix.m8n8.x4: lane 8 i + r names row r of matrix i, register i of lane (g, c) is elements 2 c, 2 c + 1 of its row g.
-inline void load_matrices(const void* row, uint32_t (&v)[4]) {
+inline void load_matrices(Shared row, uint32_t (&v)[4]) {
   using namespace emulator;
-  const auto* const p = static_cast<const uint8_t*>(row);
-  if (reinterpret_cast<uintptr_t>(p) % 16 || p < shared_memory.data() || p + 16 > shared_memory.data() + shared_memory.size()) fail("a matrix row outside shared memory");
-  std::memcpy(box[warp()][lane()], p, 16);  // what is there when this lane arrives: the instruction waits for nobody's copies
+  if (within_shared(row, 16)) std::memcpy(box[warp()][lane()], row, 16);  // what is there when this lane arrives: the instruction waits for nobody's copies
   warp_meeting[warp()].wait();
   for (int i = 0; i < 4; ++i) v[i] = box[warp()][8 * i + lane() / 4][lane() % 4];
   warp_meeting[warp()].wait();
 }
-inline void copy16(void* shared, const void* global) { emulator::copy(shared, global, 16, 16); }
-inline void copy16_if(bool there, void* shared, const void* global) { emulator::copy(shared, global, 16, there ? 16 : 0); }
+inline void load_matrices_transposed(Shared row, uint32_t (&v)[4]) {
+  using namespace emulator;
+  if (within_shared(row, 16)) std::memcpy(box[warp()][lane()], row, 16);
+  warp_meeting[warp()].wait();
+  const auto element = [&](int matrix, int r, int column) { return box[warp()][8 * matrix + r][column / 2] >> (column % 2 * 16) & 0xffff; };
+  for (int i = 0; i < 4; ++i) v[i] = element(i, lane() % 4 * 2, lane() / 4) | element(i, lane() % 4 * 2 + 1, lane() / 4) << 16;
+  warp_meeting[warp()].wait();
+}
+inline void copy16(Shared shared, const void* global) { emulator::copy(shared, global, 16, 16); }
+inline void copy16_if(bool there, Shared shared, const void* global) { emulator::copy(shared, global, 16, there ? 16 : 0); }
 template <int Bytes>
-void copy_small(void* shared, const void* global) { emulator::copy(shared, global, Bytes, Bytes); }
+void copy_small(Shared shared, const void* global) { emulator::copy(shared, global, Bytes, Bytes); }
 inline void copy_commit() { emulator::commit(); }
 template <int Pending>
 void copy_wait() { emulator::wait(Pending); }
+inline uint4 load_cached(const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16) emulator::fail("a misaligned load");
+  uint4 v;
+  std::memcpy(&v, global, 16);
+  return v;
+}
+inline void prefetch(const void*) {}
 
 inline void wait_for_previous() { emulator::wait_for_previous(); }
 inline void release_next() { emulator::release_next(); }
@@ -336,10 +368,9 @@ inline uint32_t subtract_bf16x2(uint32_t a, uint32_t b) { return subtract2<emula
 inline uint32_t subtract_f16x2(uint32_t a, uint32_t b) { return subtract2<emulator::f16, float_to_f16>(a, b); }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), bool early, dim3 grid, int threads, int shared, void*, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared, void*, Arguments... arguments) {
   using namespace emulator;
   failure = nullptr;
-  if (early == written.empty()) fail("launched early without a kernel to wait for, or not early behind one");
   if (shared > 99 * 1024) fail("more shared memory than every architecture has");
   if (fibers.size() < static_cast<std::size_t>(threads)) fibers.resize(threads);
   shared_memory.assign(shared, 0);

@@ -22,7 +22,7 @@ from calora_ext import WeightFormat, ops
 
 pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ compiler found")
 
-FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 96), WeightFormat("int4", -1),
+FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 96), WeightFormat("int4", 128), WeightFormat("int4", -1),
            WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
            WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
            WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
@@ -36,7 +36,7 @@ BOOK_ROUNDING = {torch.bfloat16: 9.5e-4, torch.float16: 1e-4}  # of normal weigh
 CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 33, 5, 0), (17, 104, 64, 3, 1), (40, 257, 33, 9, 9),
          (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
 # What planted bugs are looked for in.
-FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
+FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 128), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
                    WeightFormat("int4", 96, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
                    *(WeightFormat("nf4", 96, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")),
                    *(WeightFormat(values, 96, pattern="unstructured") for values in ("int4", "int8", "bf16"))]  # fmt: skip
@@ -45,27 +45,35 @@ LONG = {WeightFormat("bf16", pattern="unstructured"): ((1, 17000, 32, 0, 0),), W
 # Planted bugs: file -> (code, what someone might write instead). Each must be noticed by failures() of the pattern that its name
 # begins with, else of the dense one.
 BUGS = {
-    "zero point": {"values.cuh": ("? 16 + kInt4Zero : 0", "? 15 + kInt4Zero : 0")},
+    "zero point": {"values.cuh": ("? T::kBase + kInt4Zero : 0", "? T::kBase + kInt4Zero - 1 : 0")},
     "fragment rows": {"values.cuh": ("words[4 * s + 2 * rt + (i >> 1)], i & 1", "words[4 * s + 2 * rt + (i & 1)], i >> 1")},
     "k step": {"dense.cu": ("mma<T>(d[rt][n], fragment, x[n][2 * s], x[n][2 * s + 1])", "mma<T>(d[rt][n], fragment, x[n][2 * s + 1], x[n][2 * s])")},
     "ring: one copy too few awaited": {"linear.cuh": ("copy_wait<R::kStages - 2>", "copy_wait<R::kStages - 1>")},
-    "ring: stage overwritten too early": {"linear.cuh": ("for (int i = 0; i < R::kStages - 1; ++i) fetch", "for (int i = 0; i < R::kStages; ++i) fetch")},
-    "scale of the wrong block": {"linear.cuh": ("from = end,", "from = end - kScaleBytes,")},
+    "ring: stage overwritten too early": {"linear.cuh": ("for (int i = 0; i < R::kStages - 2; ++i) fetch", "for (int i = 0; i < R::kStages - 1; ++i) fetch")},
+    "scale of the wrong block": {"linear.cuh": ("from += ends ? odd_bytes : P::kUnitBytes;", "from += P::kUnitBytes;")},
     "scale rows": {"values.cuh": ("(i & 1 ? 16 : 0)", "(i & 1 ? 0 : 16)")},
-    "unscaled rest": {"linear.cuh": ("(rest == 1 || next + 1 == last)", "rest == 1")},
+    "unscaled rest": {"linear.cuh": ("(ends || left == 0)", "ends")},
     "missing barrier": {"linear.cuh": ("__syncthreads();\n    const int64_t out", "const int64_t out")},
     "no barrier between rows": {"linear.cuh": ("__syncthreads();\n#pragma unroll\n    for (int rt", "#pragma unroll\n    for (int rt")},
     "columns beyond the end": {"bank.cu": ("[i] : 0;", "[i] : 0x7fc0;")},
     "rows beyond the end": {"linear.cuh": ("m >= a.m || out >= a.w.out_features", "out >= a.w.out_features + 31")},
     "GELU on LoRA": {"bank.cu": ("r0 + r >= a.bank.identity_rank)", "r0 + r > a.bank.identity_rank)")},
     "half of the shuffle": {"bank.cu": ("int offset = 16;", "int offset = 8;")},
-    "by row: the next row's adapter": {"bank.cuh": ("const int64_t m = m0 + 8 * n + 2 * c + e;", "const int64_t m = m0 + 8 * n + 2 * c + (e ^ 1);")},
+    "by row: the next row's adapter": {"bank.cuh": ("const int64_t adapter = bank.row_adapter[m], padded_m", "const int64_t adapter = bank.row_adapter[m ? m - 1 : 0], padded_m")},
+    "by row: rows of U exchanged": {"bank.cuh": ("to[8 * c + q] = sum[0]", "to[8 * c + (q ^ 1)] = sum[0]")},
+    "by row: not among the sums": {"linear.cuh": ("R::kWarps + (a.bank.row_adapter ? 1 : 0)", "R::kWarps")},
     "by row: the first adapter's U": {"bank.cuh": ("? adapter * bank.up_adapter : 0", "? 0 : 0")},
-    "by row: the first adapter's D": {"bank.cu": ("load_down(adapter);", "load_down(0);")},
-    "t read before the wait": {"linear.cuh": ("wait_for_previous();  // for t; weights and x were complete before bank_down released this kernel\n", "")},
+    "by row: the first adapter's D": {"bank.cu": ("there ? adapter * a.bank.rank : 0", "there ? 0 : 0")},
+    "t read before the wait": {"linear.cuh": ("    wait_for_previous();  // for t\n    release_next();\n", "")},
     "released before the wait": {"bank.cu": ("  wait_for_previous();\n  release_next();", "  release_next();")},
-    "not launched early": {"linear.cuh": ("a.bank.rank != 0, dim3", "false, dim3")},
-    "bank rows": {"bank.cuh": ("u[rt][j] * t.y", "u[rt][1 - j] * t.y")},
+    "bank rows": {"bank.cuh": ("row = 16 * rt + 8 * (i & 1) + g, r =", "row = 16 * rt + 8 * (i >> 1) + g, r =")},
+    "bank: halves of what U is rounded to": {"bank.cuh": ("mma<Bf16>(y[rt][n], low, t0.high, t1.high)", "mma<Bf16>(y[rt][n], low, t0.low, t1.low)")},
+    "bank: U in shared memory, rows of the other half": {"bank.cuh": ("32 * rt + lane / 8 % 2 * 16", "32 * rt + lane / 16 * 16")},
+    "bank: U in shared memory read too early": {"linear.cuh": ("    if (up_shared) __syncthreads();\n", "")},
+    "x of the unit before": {"linear.cuh": ("step(x_next, x_now)", "step(x_now, x_next)")},
+    "x of another turn": {"linear.cuh": ("load_turn(t, t < turns ? t : turns - 1)", "load_turn(t, turns - 1)")},
+    "decoded before the kernel in front has ended": {"decode.cuh": ("  wait_for_previous();\n", "")},
+    "x copied before the kernel in front has ended": {"bank.cu": ("  wait_for_previous();\n  for (int64_t i = threadIdx.x", "  for (int64_t i = threadIdx.x")},
     "decoded columns": {"decode.cuh": ("i >> 2, i >> 1 & 1, i & 1", "i >> 2, i & 1, i >> 1 & 1")},
     "2:4: places as they are": {"two_four.cu": ("= ordered(t ? places.y : places.x)", "= t ? places.y : places.x")},
     "2:4: a lone weight in the last place": {"two_four.cu": ("& places >> 3 & 0x11111111)", "& places >> 3 & 0x44444444)")},
@@ -73,8 +81,8 @@ BUGS = {
     "2:4: places of the other half": {"two_four.cu": ("mma_sparse<T, 0>(d[0][n], low, x, guide);\n        mma_sparse<T, 1>", "mma_sparse<T, 1>(d[0][n], low, x, guide);\n        mma_sparse<T, 0>")},
     "2:4: rows of the other half": {"two_four.cu": ("Value::fragment(words, 0, t, low);\n      Value::fragment(words, 1, t, high)", "Value::fragment(words, 1, t, low);\n      Value::fragment(words, 0, t, high)")},
     "2:4: x transposed": {"two_four.cu": ("x_slot(lane % 8, lane / 8)", "x_slot(lane / 4, lane % 4)")},
-    "2:4: a turn alone taken for two": {"linear.cuh": ("const int turns = odd && in_block == per_block - 1 ? 1 : P::kTurns", "const int turns = P::kTurns")},
-    "2:4: lanes do not wait for each other": {"linear.cuh": ("if (P::kShared) __syncwarp();", "")},
+    "2:4: a turn alone taken for two": {"linear.cuh": ("    const int turns = ends ? odd_turns : P::kTurns;\n    if constexpr", "    const int turns = P::kTurns;\n    if constexpr")},
+    "2:4: lanes do not wait for each other": {"linear.cuh": ("    __syncwarp();\n    fetch();", "    fetch();")},
     "unstructured: bits of the other chunk": {"bitmask.cu": ("mask = t ? both.y : both.x", "mask = t ? both.x : both.y")},
     "unstructured: own codes among those before": {"bitmask.cu": ("return sum - v", "return sum")},
     "unstructured: half of the scan": {"bitmask.cu": ("offset < 32; offset *= 2", "offset < 16; offset *= 2")},
@@ -94,7 +102,7 @@ BUGS = {
     "nf4: places taken for codes": {"values.cuh": ("= kNf4[kNf4Code[place]];", "= kNf4[place];")},
     "nf4: values without their unit": {"values.cuh": ("static_cast<float>(1 / T::kBookUnit)", "1")},
     "nf4: scale of another row": {"values.cuh": ("(word.x >> (8 * i) & 255)", "(word.x >> (8 * (i ^ 1)) & 255)")},
-    "nf4: scale of the next block": {"linear.cuh": ("scales += V::kOuter ? kTileRows", "scales += V::kOuter ? kTileRows / 2")},
+    "nf4: scale of the next block": {"linear.cuh": ("if (V::kOuter) scales += kTileRows;", "if (V::kOuter) scales += kTileRows / 2;")},
     "nf4: outer scale of another tile": {"values.cuh": ("kTileRows)[tile] : 1.f", "kTileRows)[tile / 2 * 2] : 1.f")},
     "unstructured: nf4 elements in int4's order": {"bitmask.cu": ("return e + 2 * j + 4 * h", "return j + 2 * e + 4 * h")},
     "unstructured: nf4 bytes put together in int4's order": {"bitmask.cu": ("0x6420", "0x6240")},
@@ -183,7 +191,8 @@ def by_row(kernels, fmt, m, tiled=False, rank=24, identity_rank=8, dtype=torch.b
     in_, out, adapters = 300, 70, 3
     gen = torch.Generator().manual_seed(m)
     x, packed, bias, *_ = layer(fmt, m, in_, out, 0, dtype)
-    down, up = torch.randn(adapters, rank, in_, generator=gen) / in_**0.5, torch.randn(adapters, out, rank, generator=gen)
+    bank_dtype = torch.bfloat16 if tiled else torch.float32
+    down, up = (t.to(bank_dtype) for t in (torch.randn(adapters, rank, in_, generator=gen) / in_**0.5, torch.randn(adapters, out, rank, generator=gen)))
     rows = torch.randint(-1, adapters, (m,), generator=gen)
     stack = torch.stack([ops.tile_up(u) for u in up]) if tiled else up
     y = kernels.linear(x, packed, fmt, out, bias, down, stack, identity_rank, rows)
@@ -283,7 +292,9 @@ def failures(kernels: cuda_emulation.Emulated, pattern: str) -> Iterator[str]:
         kernels.options(late, reverse)
         for fmt in (fmt for fmt in FORMATS_OF_BUGS if fmt.pattern == pattern):
             cases = ((3, 300, 70, 17, 8), (24, 3000, 33, 2, 1), *LONG.get(fmt, ()))
-            for check in (*(partial(wrong, kernels, fmt, case, torch.bfloat16) for case in cases), lambda fmt=fmt: by_row(kernels, fmt, 13)[0]):
+            banks = [{}, {"tiled": True, "bank_dtype": torch.bfloat16}]
+            for check in (*(partial(wrong, kernels, fmt, case, torch.bfloat16, **bank) for case in cases for bank in banks[: 1 + (case[3] > 0)]),
+                          *(lambda fmt=fmt, tiled=tiled: by_row(kernels, fmt, 13, tiled)[0] for tiled in (False, True))):  # fmt: skip
                 try:
                     found = check()
                 except RuntimeError as error:  # the emulator's own complaint

@@ -78,7 +78,7 @@ struct LowRank {
 };
 
 struct LinearArgs {
-  const void* x;     // (m, x_stride), 16-byte aligned rows, 0 behind in_features
+  const void* x;     // (m, x_stride), 16-byte aligned rows, 0 behind in_features, at least the columns of the packed weight
   void* y;           // (m, out_features)
   const void* bias;  // (out_features) or null
   int64_t x_dtype;   // bf16 or f16, of x and y

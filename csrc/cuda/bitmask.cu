@@ -83,9 +83,11 @@ struct Spread<Nf4<T, NB>> : SpreadNibbles {
 // The codes of a lane from one of them on: what four steps can use at most.
 struct Window {
   uint32_t v[4];
-  __device__ __forceinline__ Window(const uint8_t* chunk, uint32_t bit) {
-    const auto* const p = reinterpret_cast<const uint32_t*>(chunk) + bit / 32;
-    const uint32_t q[5] = {p[0], p[1], p[2], p[3], p[4]};
+  __device__ __forceinline__ Window(Shared codes, uint32_t bit) {
+    const Shared p = codes + static_cast<int>(bit / 32 * 4);
+    uint32_t q[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) q[i] = load_shared<uint32_t>(p + 4 * i);
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = funnel_right(q[i], q[i + 1], bit % 32);
   }
@@ -125,8 +127,9 @@ struct Bitmask {
   static constexpr int kTurns = 2, kUnitBytes = 256, kPieces = 2 * kChunkBytes / 16 + 1;
   // 32 more: a window of the last lane reads on.
   static constexpr int kCodes = 256, kStarts = kCodes + 16 * kPieces + 32, kRoom = kStarts + 16;
-  static constexpr bool kZeros = false, kSums = Value::kOffset != 0, kShared = true;
-  static constexpr float kOffset = Value::kOffset;
+  static constexpr bool kZeros = false, kSums = Value::kOffset != 0, kDirect = false;
+  static constexpr int kLaneBytes = 0, kBlocks = NB <= 2 ? kTwo : 1, kMost = 4;
+  static constexpr float kOffset = kSums ? 16 + kInt4Zero : 0;
 
   // Each lane looks up where one of 32 units lies, a round of them ahead.
   const PackedWeight& w;
@@ -150,7 +153,7 @@ struct Bitmask {
     ahead[2] = turn + 1 < turns_of_block ? start_of(w, chunk + 2, chunks) : ahead[1];
   }
 
-  __device__ __forceinline__ void copy(uint8_t* stage, const uint8_t* from, int turns, int lane) {
+  __device__ __forceinline__ void copy(Shared stage, const uint8_t* from, int turns, int lane) {
     if (taken % 32 == 0) {  // what was looked up becomes what is used
       piece = ahead[0] / 2;
       // In units of 8 bytes from that word on. Damaged offsets give nonsense inside the stage: no more words than it holds, and
@@ -168,13 +171,13 @@ struct Bitmask {
 #pragma unroll
     for (int i = 0; i < (kPieces + 31) / 32; ++i)
       if (i * 32 + lane < static_cast<int>(info & 0x7fff)) copy16(stage + kCodes + (i * 32 + lane) * 16, codes + (i * 32 + lane) * 16);
-    if (lane == 0) *reinterpret_cast<uint32_t*>(stage + kStarts) = info;
+    if (lane == 0) store_shared(stage + kStarts, info);
   }
 
-  __device__ __forceinline__ void multiply(const uint8_t* stage, const uint8_t* rows, int turns, int lane, bool needs_sum, float (&sum_x)[NB][4],
+  __device__ __forceinline__ void multiply(Shared stage, Shared rows, int turns, int lane, bool needs_sum, float (&sum_x)[NB][4],
                                            float (&d)[2][NB][4]) {
-    const uint2 both = *reinterpret_cast<const uint2*>(stage + lane * 8);
-    const uint32_t info = *reinterpret_cast<const uint32_t*>(stage + kStarts);
+    const uint2 both = load_shared<uint2>(stage + lane * 8);
+    const uint32_t info = load_shared<uint32_t>(stage + kStarts);
     const uint32_t before = sum_before(__popc(both.x) | (turns == 2 ? __popc(both.y) : 0) << 16, lane);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -271,7 +274,7 @@ struct BitmaskWords {
 }  // namespace calora::cuda
 
 extern "C" int calora_cuda_linear_bitmask(const calora::cuda::LinearArgs* args, void* stream) {
-  return calora::cuda::by_dtype<calora::cuda::Bitmask, 4>(*args, stream);
+  return calora::cuda::by_dtype<calora::cuda::Bitmask>(*args, stream);
 }
 
 extern "C" int calora_cuda_decode_bitmask(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out,

@@ -38,6 +38,7 @@ __device__ __forceinline__ void store8(const Decode& d, int64_t row, int64_t col
 // L: words(weight, geometry, tile, chunk of the tile, lane, words).
 template <class V, class L>
 __global__ void __launch_bounds__(kDecodeWarps * 32) decode(const Decode a, const Geometry geo) {
+  wait_for_previous();
   const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int64_t chunk = static_cast<int64_t>(blockIdx.y) * kDecodeWarps + threadIdx.x / 32, tile = a.row_begin / kTileRows + blockIdx.x;
   if (chunk >= geo.columns / kChunkColumns) return;
@@ -70,10 +71,10 @@ int launch_decode(const PackedWeight& w, int64_t row_begin, int64_t row_end, voi
                   static_cast<unsigned>(round_up(chunks, kDecodeWarps) / kDecodeWarps));
   const Decode args{w, out, row_begin, row_end, static_cast<Dtype>(out_dtype)};
   switch (static_cast<Values>(w.values)) {
-    case Values::bf16: return launch(decode<Dense16<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::int8: return launch(decode<Int8<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::int4: return launch(decode<Int4<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
-    case Values::nf4: return launch(decode<Nf4<Bf16, 1>, L>, false, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::bf16: return launch(decode<Dense16<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::int8: return launch(decode<Int8<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::int4: return launch(decode<Int4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
+    case Values::nf4: return launch(decode<Nf4<Bf16, 1>, L>, grid, kDecodeWarps * 32, 0, stream, args, geo);
   }
   return kInvalidValue;
 }

@@ -8,27 +8,36 @@ namespace {
 template <class T, template <class, int> class V, int NB>
 struct Dense {
   using Value = V<T, NB>;
-  static constexpr int kTurns = 1, kUnitBytes = 512 * Value::kWords, kRoom = kUnitBytes;
-  static constexpr bool kZeros = Value::kZeros, kSums = kZeros, kShared = false;
+  // Measured on an H200: int8 and more rows of x are faster with x in the ring, but nf4, whose table takes the time, only from 17 rows on.
+  static constexpr bool kDirect = Value::kOuter ? NB <= 2 : NB == 1 && Value::kBits != 8;
+  // A group of 128 columns of int4, the usual 64 of nf4.
+  static constexpr int kTurns = !kDirect || Value::kBits == 16 ? 1 : Value::kOuter ? 2 : 4;
+  static constexpr int kChunk = 512 * Value::kWords, kUnitBytes = kChunk * kTurns, kRoom = kUnitBytes, kLaneBytes = 16;
+  static constexpr int kBlocks = NB == 1 || (NB == 2 && !kDirect) ? kTwo : 1, kMost = 8;
+  static constexpr bool kZeros = Value::kZeros, kSums = kZeros;
   static constexpr float kOffset = Value::kOffset;
 
   __device__ Dense(const LinearArgs&, const Geometry&, int64_t, int, int, int) {}
 
-  __device__ __forceinline__ void copy(uint8_t* stage, const uint8_t* from, int, int lane) {
+  __device__ __forceinline__ void copy(Shared stage, const uint8_t* from, int turns, int lane) {
+    stage = stage + lane * 16;
+    if (turns == kTurns) {
 #pragma unroll
-    for (int v = 0; v < Value::kWords; ++v) copy16(stage + v * 512 + lane * 16, from + v * 512 + lane * 16);
+      for (int v = 0; v < Value::kWords * kTurns; ++v) copy16(stage + v * 512, from + v * 512);
+    } else {
+#pragma unroll 1
+      for (int v = 0; v < turns * Value::kWords; ++v) copy16(stage + v * 512, from + v * 512);
+    }
   }
 
-  __device__ __forceinline__ void multiply(const uint8_t* stage, const uint8_t* rows, int, int lane, bool needs_sum, float (&sum_x)[NB][4],
-                                           float (&d)[2][NB][4]) {
-    uint32_t words[4 * Value::kWords], x[NB][4];
+  // chunk: this lane's word of it.
+  static __device__ __forceinline__ void turn(Shared chunk, const uint32_t (&x)[NB][4], bool needs_sum, float (&sum_x)[NB][4], float (&d)[2][NB][4]) {
+    uint32_t words[4 * Value::kWords];
 #pragma unroll
     for (int v = 0; v < Value::kWords; ++v) {
-      const uint4 word = *reinterpret_cast<const uint4*>(stage + v * 512 + lane * 16);
+      const uint4 word = load_shared<uint4>(chunk + v * 512);
       words[4 * v] = word.x, words[4 * v + 1] = word.y, words[4 * v + 2] = word.z, words[4 * v + 3] = word.w;
     }
-#pragma unroll
-    for (int n = 0; n < NB; ++n) load_x(rows + n * 512, lane, x[n]);
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
 #pragma unroll
@@ -44,6 +53,25 @@ struct Dense {
         for (int n = 0; n < NB; ++n) mma<T>(sum_x[n], ones, x[n][2 * s], x[n][2 * s + 1]);
       }
     }
+  }
+
+  __device__ __forceinline__ void multiply(Shared stage, const uint32_t (&x)[kTurns][NB][4], int turns, int lane, bool needs_sum, float (&sum_x)[NB][4],
+                                           float (&d)[2][NB][4]) {
+    stage = stage + lane * 16;
+    if (turns == kTurns) {  // without a branch between the turns, so that they overlap
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) turn(stage + t * kChunk, x[t], needs_sum, sum_x, d);
+      return;
+    }
+#pragma unroll
+    for (int t = 0; t < kTurns - 1; ++t)
+      if (t < turns) turn(stage + t * kChunk, x[t], needs_sum, sum_x, d);
+  }
+  __device__ __forceinline__ void multiply(Shared stage, Shared rows, int, int lane, bool needs_sum, float (&sum_x)[NB][4], float (&d)[2][NB][4]) {
+    uint32_t x[NB][4];
+#pragma unroll
+    for (int n = 0; n < NB; ++n) load_x(rows + n * 512, lane, x[n]);
+    turn(stage + lane * 16, x, needs_sum, sum_x, d);
   }
 };
 
@@ -64,7 +92,7 @@ struct DenseWords {
 }  // namespace calora::cuda
 
 extern "C" int calora_cuda_linear_dense(const calora::cuda::LinearArgs* args, void* stream) {
-  return calora::cuda::by_dtype<calora::cuda::Dense, 8>(*args, stream);
+  return calora::cuda::by_dtype<calora::cuda::Dense>(*args, stream);
 }
 
 extern "C" int calora_cuda_decode_dense(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out,

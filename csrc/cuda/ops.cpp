@@ -213,8 +213,9 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_f
   a.x = x.data_ptr();
   a.x_stride = in_features;
   Tensor padded = x;  // lives until the kernels are queued; torch's allocator keeps the memory for this stream
-  if (in_features * 2 % kXAlign || reinterpret_cast<uintptr_t>(a.x) % kXAlign) {
-    a.x_stride = round_up(in_features, kXAlign / 2);
+  const int64_t columns = geometry(static_cast<Pattern>(a.w.pattern), static_cast<Values>(a.w.values), in_features, out_features, group_size).columns;
+  if (in_features != columns || reinterpret_cast<uintptr_t>(a.x) % kXAlign) {  // a multiple of 32: rows stay aligned
+    a.x_stride = columns;
     padded = torch::stable::new_empty(x, {a.m, a.x_stride});
     check(calora_cuda_copy_rows(padded.data_ptr(), 2 * a.x_stride, a.x, 2 * in_features, a.m, stream));
     a.x = padded.data_ptr();

@@ -20,13 +20,14 @@ template <class T, template <class, int> class V, int NB>
 struct TwoFour {
   using Value = V<T, kNoFold>;
   static constexpr int kTurns = 2, kPlaces = 512 * Value::kWords, kUnitBytes = kPlaces + 256, kRoom = kUnitBytes;
-  static constexpr bool kZeros = false, kSums = false, kShared = true;
+  static constexpr bool kZeros = false, kSums = false, kDirect = false;
+  static constexpr int kLaneBytes = 0, kBlocks = NB <= 2 ? kTwo : 1, kMost = 4;
   static constexpr float kOffset = 0;
   static_assert(Value::kOffset == 0);
 
   __device__ TwoFour(const LinearArgs&, const Geometry&, int64_t, int, int, int) {}
 
-  __device__ __forceinline__ void copy(uint8_t* stage, const uint8_t* from, int turns, int lane) {
+  __device__ __forceinline__ void copy(Shared stage, const uint8_t* from, int turns, int lane) {
     if (turns == 2) {
 #pragma unroll
       for (int v = 0; v < Value::kWords; ++v) copy16(stage + v * 512 + lane * 16, from + v * 512 + lane * 16);
@@ -39,15 +40,15 @@ struct TwoFour {
     }
   }
 
-  __device__ __forceinline__ void multiply(const uint8_t* stage, const uint8_t* rows, int turns, int lane, bool, float (&)[NB][4],
+  __device__ __forceinline__ void multiply(Shared stage, Shared rows, int turns, int lane, bool, float (&)[NB][4],
                                            float (&d)[2][NB][4]) {
     uint32_t words[4 * Value::kWords];
 #pragma unroll
     for (int v = 0; v < Value::kWords; ++v) {
-      const uint4 word = *reinterpret_cast<const uint4*>(stage + v * 512 + lane * 16);
+      const uint4 word = load_shared<uint4>(stage + (v * 512 + lane * 16));
       words[4 * v] = word.x, words[4 * v + 1] = word.y, words[4 * v + 2] = word.z, words[4 * v + 3] = word.w;
     }
-    const uint2 places = *reinterpret_cast<const uint2*>(stage + kPlaces + lane * 8);
+    const uint2 places = load_shared<uint2>(stage + (kPlaces + lane * 8));
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       if (t >= turns) break;
@@ -108,7 +109,7 @@ struct TwoFourWords {
 }  // namespace calora::cuda
 
 extern "C" int calora_cuda_linear_two_four(const calora::cuda::LinearArgs* args, void* stream) {
-  return calora::cuda::by_dtype<calora::cuda::TwoFour, 4>(*args, stream);
+  return calora::cuda::by_dtype<calora::cuda::TwoFour>(*args, stream);
 }
 
 extern "C" int calora_cuda_decode_two_four(const calora::cuda::PackedWeight* w, int64_t row_begin, int64_t row_end, void* out,

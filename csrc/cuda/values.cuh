@@ -36,17 +36,16 @@ struct Int4 : Scaled {
   static constexpr uint32_t kNothing = 0x88888888;
   static constexpr bool kZeros = true;
   static constexpr bool kFold = NB <= 2;
-  // Folded: the codes go in as 16 + code, and the sum is corrected by sum(x) once per block; one more mma a step instead of
+  // Folded: the codes go in as kBase + code, and the sum is corrected by sum(x) once per block; one more mma a step instead of
   // four subtractions per fragment, so worth it where few rows of x share a fragment.
-  static constexpr float kOffset = kFold ? 16 + kInt4Zero : 0;
+  static constexpr float kOffset = kFold ? T::kBase + kInt4Zero : 0;
 
   static __device__ __forceinline__ void fragment(const uint32_t (&words)[4], int rt, int s, uint32_t (&a)[4]) {
     const uint32_t q = words[2 * s + rt];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int shift = 4 * i - T::kCodeShift;
-      a[i] = and_or(shift < 0 ? q << -shift : q >> shift, T::kCodeMask, T::kSixteen);
-      if (!kFold) a[i] = T::subtract(a[i], T::kTwentyFour);
+      a[i] = and_or(q >> (4 * i), 0x000f000f, T::kBaseBits);
+      if (!kFold) a[i] = T::subtract(a[i], T::kBaseBits | kInt4Zero * 0x00010001);
     }
   }
   static __device__ __forceinline__ int word(int rt, int, int s, int) { return 2 * s + rt; }
