@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_check.py --out FOLDER [--seconds 540]
     python benchmarks/gpu_check.py --dry-run        the cases themselves on the CPU; writes nothing
-    python benchmarks/gpu_check.py --small          a few small shapes only: what the memory and race checkers run
+    python benchmarks/gpu_check.py --small | --tiny a few small shapes only: what the memory checker and the others run
 
 Speeds are medians of CUDA-graph replays over weights rotated through more memory than the L2 cache, on the clocks as they are;
 each comes with the bytes read and the fraction of the read ceiling measured in the same run.
@@ -105,12 +105,12 @@ def relative(y: Tensor, want: Tensor) -> float:
 # -- correctness -------------------------------------------------------------------------------------------------------------
 
 
-def correctness(device: str, small: bool = False) -> dict:
+def correctness(device: str, small: bool = False, formats: list[WeightFormat] = FORMATS) -> dict:
     """The grid against float64: worst error by dtype, and every case that misses its tolerance."""
     worst: dict[str, float] = {}
     failed: list[str] = []
     count = 0
-    for fmt in FORMATS:
+    for fmt in formats:
         for in_, out in SHAPES[: 2 if small else None]:
             for i, m in enumerate(ROWS[::3] if small else ROWS):
                 rank, identity_rank = RANKS[(i + in_ + out) % len(RANKS)]
@@ -261,8 +261,8 @@ def checkers(seconds: float) -> dict:
         return {"failed": [], "skipped": "compute-sanitizer was not found"}
     result: dict = {"failed": []}
     end = time.monotonic() + seconds
-    for name in ("memcheck", "racecheck", "synccheck"):
-        command = [tool, "--tool", name, "--error-exitcode", "99", sys.executable, __file__, "--small"]
+    for name, cases in {"memcheck": "--small", "racecheck": "--tiny", "synccheck": "--tiny"}.items():
+        command = [tool, "--tool", name, "--error-exitcode", "99", sys.executable, __file__, cases]
         alone = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone, start_new_session=True) as run:
             try:
@@ -354,7 +354,7 @@ def on_the_gpu(folder: Path, seconds: float) -> bool:
         "ceilings": ceilings, "correctness": lambda: correctness("cuda"), "backward": lambda: backward("cuda"), "opcheck": lambda: opcheck("cuda"),
         "adapters by row": lambda: adapters_by_row("cuda"), "adapter switch": lambda: adapter_switch("cuda"),
         "modules": lambda: module_moves("cuda"), "graphs": lambda: graphs_and_streams("cuda"),
-        **{name: lambda name=name: with_models(name, "cuda") for name in MODELS}, "checkers": lambda: checkers(min(120, run.left() / 3)),
+        **{name: lambda name=name: with_models(name, "cuda") for name in MODELS},
     }  # fmt: skip
     for name, stage in stages.items():
         run.stage(name, stage)
@@ -363,6 +363,7 @@ def on_the_gpu(folder: Path, seconds: float) -> bool:
         for in_, out in SPEED_SHAPES:
             run.stage(f"speed of {out} x {in_}, m={m}", lambda in_=in_, out=out, m=m: speed_rows(in_, out, m, run.results["speed"], ceiling), least=20)
             torch.cuda.empty_cache()
+    run.stage("checkers", lambda: checkers(run.left() - 5))
     return run.finish()
 
 
@@ -372,6 +373,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=540, help="when to stop starting new stages")
     parser.add_argument("--dry-run", action="store_true", help="the cases on the CPU; writes nothing")
     parser.add_argument("--small", action="store_true", help="a few small cases on the GPU, for the checkers")
+    parser.add_argument("--tiny", action="store_true", help="fewer still, for those checkers that take their time")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # goes on with what the folder has, see gpu_stages.py
     options = parser.parse_args()
     if options.dry_run:
@@ -384,6 +386,9 @@ def main() -> int:
         return any(part["failed"] for part in parts.values())
     if not torch.cuda.is_available():
         parser.error("no GPU that torch can use was found; --dry-run runs what needs none")
+    if options.tiny:
+        few = [WeightFormat("int4", 128), WeightFormat("int4", 64, symmetric=False), *(WeightFormat("int4", 128, pattern=pattern) for pattern in ("2:4", "unstructured"))]
+        return bool(correctness("cuda", small=True, formats=few)["failed"] + adapters_by_row("cuda", (8,))["failed"])
     if options.small:
         return bool(correctness("cuda", small=True)["failed"] + adapters_by_row("cuda", (8,))["failed"])
     if options.out is None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything there is to do on a GPU, in one call of less than ten minutes: build for the GPU that is there unless the library is
 # built already, then benchmarks/gpu_check.py. Results: $OUT/gpu_check.json, or in the folder given; a short table comes last.
-#     benchmarks/gpu_check.sh [FOLDER]          PYTHON=python3 by default; nothing is downloaded
-#     benchmarks/gpu_check.sh --dry-run         without a GPU: runs what needs none, writes nothing
+#     benchmarks/gpu_check.sh [FOLDER [OPTIONS]]   PYTHON=python3 by default; nothing is downloaded; options: gpu_check.py's
+#     benchmarks/gpu_check.sh --dry-run            without a GPU: runs what needs none, writes nothing
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -10,6 +10,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 dry=()
 [ "${1:-}" = --dry-run ] && { dry=(--dry-run); shift; }
 out=${1:-${OUT:-}}
+[ $# -eq 0 ] || shift
 if [ -z "$out" ] && [ ${#dry[@]} -eq 0 ]; then
   echo "Name a folder for the results: benchmarks/gpu_check.sh FOLDER, or set OUT." >&2
   exit 2
@@ -35,4 +36,4 @@ if ! "$python" -c 'import sys; from calora_ext import ops; sys.exit(not ops.nati
   CALORA_CUDA_ARCHS=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
     "$python" setup.py build_ext --inplace >&2
 fi
-exec "$python" benchmarks/gpu_check.py "${dry[@]}" ${out:+--out "$out"}
+exec "$python" benchmarks/gpu_check.py "${dry[@]}" ${out:+--out "$out"} "$@"
