@@ -59,6 +59,9 @@ ARMS = {
     "- rank growth": ("losa", {**PUBLISHED, **UNIFORM}),
     "- schedule": ("losa", {**PUBLISHED, **ONE_SHOT}),
     "+ distillation": ("losa", {**PUBLISHED, "distill": cx.Distill(hidden={}, logits=1.0)}),
+    "+ start from the residual": ("losa", {**PUBLISHED, "init": "residual"}),
+    "+ sparse branch, 5 % of the kept weights": ("losa", {**PUBLISHED, "sparse_branch": 0.05}),
+    "+ start from the residual, + sparse branch": ("losa", {**PUBLISHED, "init": "residual", "sparse_branch": 0.05}),
     "+ arithmetic rates": ("losa", {"rates": "arithmetic"}),
     "arithmetic rates, - schedule": ("losa", {"rates": "arithmetic", **ONE_SHOT}),
 }
