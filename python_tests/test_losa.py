@@ -178,6 +178,12 @@ def test_a_share_is_approached_and_a_pattern_pruned_at_once(sparsity, times):
     assert len(adapt(make_llama(), sparsity=sparsity, prunings=None).phases) == times
 
 
+@pytest.mark.parametrize(("pruner", "init"), [("sparsegpt", "residual"), ("wanda", "zero"), ("magnitude", "zero")])
+def test_adapters_start_from_the_residual_where_its_statistics_are_at_hand(pruner, init):
+    recipe = Recipe(weights="bf16", sparsity=0.5, pruner=pruner)
+    assert adapt(make_llama(), {"max_steps": 1}, recipe=recipe, prunings=1).run["init"] == init
+
+
 def test_distillation_is_from_the_model_as_it_came():
     """Nothing pruned: student and teacher agree at the first step, and no longer once trained."""
     both = Distill(hidden={-1: 0.05}, logits=2.0)

@@ -52,7 +52,9 @@ def sparse_adapt(
     ranks: Annotated[str, typer.Option(help="How ranks are spread over the blocks: error (of a block's output) or uniform.")] = "error",
     revive: Annotated[bool, typer.Option("--revive", help="SparseGPT may bring pruned weights back.")] = False,
     on_grid: Annotated[bool, typer.Option("--on-grid", help="Train with rounded weights, so that packing changes nothing.")] = False,
-    init: Annotated[str, typer.Option(help="How adapters start: zero, or residual (from what the pruning took).")] = "zero",
+    init: Annotated[
+        str | None, typer.Option(help="How adapters start: zero, or residual (from what the pruning took).  [default: residual with sparsegpt, else zero]")
+    ] = None,
     sparse_branch: Annotated[float, typer.Option(help="Share of the kept weights that also train one by one.")] = 0.0,
     distill: Annotated[str, typer.Option(help="What to learn from the model as it came: hidden, logits, hidden,logits or none.")] = "none",
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to prune with.  [default: 65,536 tokens of the data]")] = None,
