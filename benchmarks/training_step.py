@@ -98,13 +98,15 @@ def measure(peer: str, directory: Path, layers: int, batch: int, tokens: int, th
         begin = time.perf_counter()
         with torch.autocast("cpu", torch.bfloat16):
             loss, count, _ = task_loss(model, inputs, "causal-lm")
+        if peer == "calora int4 g64":
+            heap.trim()
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - begin
 
-    with heap.frugal() if peer == "calora int4 g64" else nullcontext():  # as cx.adapt does beside checkpointing
+    with heap.frugal(heap.STEP) if peer == "calora int4 g64" else nullcontext():  # as cx.adapt does beside checkpointing
         step()
         gc.collect()
         heap.trim()

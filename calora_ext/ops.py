@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .errors import CaloraError, NotBuiltError
@@ -22,8 +23,8 @@ from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS, VALUE_IDS, Geometry
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
+AUTOCAST = torch.bfloat16
 MOST_PAIRED = 0.6  # share of the weights kept, up to which pairs of rows have fewer bytes than a dense weight (benchmarks/NOTES.md)
-BACKWARD_ROWS = 128  # of x, at a time, in the bank's backward
 RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
 _LIBRARY = Path(__file__).parent / "lib" / "libcalora.so"
@@ -69,12 +70,15 @@ def linear(
     if x.dtype == torch.float16 and not x.is_cuda:
         return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
                       identity_rank, activations, row_adapter).half()  # fmt: skip
+    layer = (packed, fmt.id, in_features, out_features, fmt.group_size)
     # Autograd and autocast are Python wrappers of several microseconds: they are passed through only where they do something.
     autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")  # x.device.type takes 0.4 us
+    if recording and not torch.compiler.is_compiling():
+        x, bias, down, up = (_autocast(t) if autocast else t for t in (x, bias, down, up))
+        args = (x, *layer, bias, down, up, identity_rank, row_adapter, ACTIVATIONS["exact"])
+        return _Computed.apply(_Saved.apply(*args), *args)
     op = torch.ops.calora.linear if recording or autocast else torch.ops.calora.linear_inference
-    return op.default(
-        x, packed, fmt.id, in_features, out_features, fmt.group_size, bias, down, up, identity_rank, row_adapter, ACTIVATIONS[activations]
-    )
+    return op.default(x, *layer, bias, down, up, identity_rank, row_adapter, ACTIVATIONS[activations])
 
 
 def decode(packed: list[Tensor], fmt: WeightFormat, in_features: int, out_features: int, rows: slice | None = None) -> Tensor:
@@ -180,24 +184,58 @@ def _backward(ctx, grad):
     return dx, [None] * len(packed), None, None, None, None, d_bias, d_down, d_up, None, None, None
 
 
+class _Saved(torch.autograd.Function):
+    """The layer's derivative without the layer: returns what only looks like its output.
+
+    What backward needs is saved here, before anything is computed, and nothing in ``_Computed``. Gradient checkpointing ends the second
+    forward pass of a block with the last tensor it saves, so that the last layer, a quarter of a Llama block's products, is left out of it.
+    """
+
+    @staticmethod
+    def forward(ctx, *inputs) -> Tensor:
+        _setup_context(ctx, inputs, None)
+        x, out_features = inputs[0], inputs[4]
+        return x.new_empty(()).expand(*x.shape[:-1], out_features)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        dx, _, *others = _backward(ctx, grad)
+        return dx, None, *others
+
+
+class _Computed(torch.autograd.Function):
+    """The layer's output, whose gradient is that of the first argument."""
+
+    @staticmethod
+    def forward(ctx, saved: Tensor, *inputs) -> Tensor:
+        return torch.ops.calora.linear_inference.default(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _autocast(t: Tensor | None) -> Tensor | None:
+    """As the operator's own autocast casts its arguments."""
+    return t if t is None or t.dtype == torch.float64 else t.to(AUTOCAST)
+
+
 def _bank_backward(
     grad: Tensor, x: Tensor, down: Tensor, up: Tensor, identity_rank: int, dx: Tensor | None
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dx (added to, in place), and the gradients of down and up. The bank is small: fp32 throughout, whatever x is, a few rows at a time
-    so that what is converted stays in the cache."""
-    D, U = down.float(), (untile_up(up, grad.shape[-1]) if up.dim() == 3 else up).float()
-    d_down, d_up = torch.zeros_like(D), torch.zeros_like(U)
-    rows = (tensor.reshape(-1, tensor.shape[-1]).split(BACKWARD_ROWS) for tensor in (x, grad) + (() if dx is None else (dx,)))
-    for x_rows, grad_rows, *dx_rows in zip(*rows, strict=True):
-        x_rows, grad_rows = x_rows.float(), grad_rows.float()
-        t = x_rows @ D.t()
-        d_up.addmm_(grad_rows.t(), gelu_rows(t, identity_rank))
-        dt = grad_rows @ U
-        if identity_rank < dt.shape[-1]:
-            dt *= gelu_rows_derivative(t, identity_rank)
-        d_down.addmm_(dt.t(), x_rows)
-        for piece in dx_rows:
-            piece += dt @ D
+    """dx (added to, in place), and the gradients of down and up. Products of matrices in x's dtype, as torch's own would be: in bf16 they
+    take a third of the time of fp32 copies of x and grad, which are larger than all else here."""
+    x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    D, U = down.to(x.dtype), (untile_up(up, grad.shape[-1]) if up.dim() == 3 else up).to(x.dtype)
+    t = (x_rows @ D.t()).float()
+    d_up = (gelu_rows(t, identity_rank).to(x.dtype).t() @ grad_rows).t().contiguous()  # faster than the other way round
+    dt = grad_rows @ U
+    if identity_rank < dt.shape[-1]:
+        dt = (dt.float() * gelu_rows_derivative(t, identity_rank)).to(x.dtype)
+    d_down = dt.t() @ x_rows
+    if dx is not None:
+        dx.view(-1, dx.shape[-1]).addmm_(dt, D)
     d_up = tile_up(d_up) if up.dim() == 3 else d_up
     return dx, d_down.to(down.dtype), d_up.to(up.dtype)
 
@@ -254,5 +292,5 @@ def _(x, weight, bias, down, up, identity_rank, row_adapter):
 
 
 torch.library.register_autograd("calora::linear", _backward, setup_context=_setup_context)
-torch.library.register_autocast("calora::linear", "cpu", torch.bfloat16)
-torch.library.register_autocast("calora::linear", "cuda", torch.bfloat16)
+torch.library.register_autocast("calora::linear", "cpu", AUTOCAST)
+torch.library.register_autocast("calora::linear", "cuda", AUTOCAST)

@@ -61,8 +61,8 @@ def loss_dots(
 ) -> None:
     """A dot per arm (name, loss, sd over seeds, highlighted) on a zoomed axis; ``lines`` are levels to compare with."""
     with _figure(path, title, height=1.3 + 0.42 * len(arms)) as axes:
-        low = min([loss for _, loss, _, _ in arms] + list(lines.values()))
-        high = max([loss for _, loss, _, _ in arms] + list(lines.values()))
+        low = min([loss - sd for _, loss, sd, _ in arms] + list(lines.values()))
+        high = max([loss + sd for _, loss, sd, _ in arms] + list(lines.values()))
         room = max(high - low, 1e-3)
         for (name, value), colour in zip(lines.items(), (GREEN, RED), strict=False):
             axes.axvline(value, color=colour, linewidth=1, linestyle="--", label=f"{name}: {value:.4f}")

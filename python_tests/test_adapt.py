@@ -1,5 +1,7 @@
 """cx.adapt: what is trained, from where it starts, every arm, every task."""
 
+from collections import Counter
+
 import pytest
 import torch
 import zoo
@@ -14,6 +16,7 @@ from adapt_helpers import (
     text_of,
 )
 from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfig, T5Config, TrainingArguments
 
 import calora_ext as cx
@@ -263,6 +266,21 @@ def test_gradient_checkpointing_changes_nothing():
         for g in (0, 1)
     )
     assert plain.losses == pytest.approx(saved.losses, rel=1e-6)
+
+
+def test_gradient_checkpointing_leaves_the_last_layer_of_a_block_out():
+    """Of seven layers six are computed again: with the inputs of the seventh everything is there that the gradients need."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counts[func] += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = Counter()
+    with Calls():
+        run(compress(make_llama()), args=Settings(max_steps=1, per_device_train_batch_size=2, gradient_checkpointing=True, disable_tqdm=True))
+    assert counts[torch.ops.calora.linear_inference.default] == 2 * (7 + 6)  # two blocks; the head is dense
+    assert counts[torch.ops.calora.linear_dx.default] == 2 * 7
 
 
 def test_bf16_autocast_is_near_fp32():

@@ -325,6 +325,19 @@ def test_what_is_saved_is_what_was_loaded_and_peft_takes_it(tmp_path, name):
     torch.testing.assert_close(logits(peft), peft_logits(llama(), directory), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
+def test_a_bias_that_alpha_0_took_away_is_not_saved_as_nan(tmp_path):
+    directory = peft_adapter(tmp_path / "a", llama(), lora_alpha=0, lora_bias=True)
+    small = compressed(llama())
+    before = logits(small)
+    cx.load_adapter(small, directory, "a")
+    cx.set_adapter(small, "a")
+    torch.testing.assert_close(logits(small), before)
+    with pytest.raises(CaloraError, match=r"has lora_alpha 0 at model.layers.0.*lora_B.bias"):
+        cx.save_adapter(small, "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_new_adapter_is_described_so_that_peft_rebuilds_it(tmp_path):
     small = compressed(llama())
     gen = torch.Generator().manual_seed(3)

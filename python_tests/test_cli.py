@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import resource
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -262,9 +264,24 @@ def test_adapt(calora, world, tmp_path):
     assert done.json["arm"] == "i-rc-d" and done.json["steps"] == 6 and done.json["parameters"]["recovery"] > 0
     assert done.json["eval_after"]["loss"] < done.json["eval_before"]["loss"]
     assert AutoTokenizer.from_pretrained(out) is not None and "library_name: calora_ext" in (out / "README.md").read_text()
-    measured = calora("eval", world / "small", "--data", world / "test.txt", "--adapter", out, "--max-length", 32)
-    assert measured.json["loss"] == pytest.approx(done.json["eval_after"]["loss"], abs=0.02)
+    assert done.json["eval_after"]["loss"] == pytest.approx(loss_with(calora, world, out), abs=0.02)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "result.json"]  # no checkpoints left behind
+
+
+def loss_with(calora, world, adapter):
+    return calora("eval", world / "small", "--data", world / "test.txt", "--adapter", adapter, "--max-length", 32).json["loss"]
+
+
+def test_recovery_saved_in_int8(calora, world, tmp_path):
+    command = ("adapt", world / "small", "--data", world / "train.txt", "--steps", 2, "--batch-size", 2, "--max-length", 16, "--recovery-rank", 8)
+    files = {}
+    for dtype in ("float32", "int8"):
+        done = calora(*command, "-o", tmp_path / dtype, "--recovery-dtype", dtype)
+        assert done.code == 0, done.err
+        files[dtype] = load_file(tmp_path / dtype / "recovery_model.safetensors")
+    assert {t.dtype for name, t in files["int8"].items() if not name.endswith("scales")} == {torch.int8}
+    assert {t.dtype for t in files["float32"].values()} == {torch.float32}
+    assert loss_with(calora, world, tmp_path / "int8") == pytest.approx(loss_with(calora, world, tmp_path / "float32"), abs=0.01)
 
 
 def test_recovery_without_training(calora, world, tmp_path):
@@ -307,6 +324,8 @@ def test_arms_of_adapt(calora, world, tmp_path, options, arm):
         (["--preset", "gpt-9"], ["gpt-9", "t5-3b"]),
         (["--recovery-init", "svd"], ["svd", "residual"]),
         (["--recovery-init", "residual"], ["teacher"]),
+        (["--recovery-dtype", "int4"], ["int4", "int8"]),
+        (["--recovery-dtype", "int8", "--no-recovery"], ["--no-recovery"]),
     ],
 )
 def test_adapt_refuses(calora, world, tmp_path, options, words):
@@ -517,6 +536,20 @@ def test_output_directory_is_whole_or_absent(tmp_path):
         (directory / "half").write_text("x")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_leaves_nothing_half_written(world, tmp_path):
+    """As a process of its own, stopped while it trains: the checkpoints to go on from stay, the output's parts do not."""
+    out = tmp_path / "out"
+    command = ("adapt", world / "small", "--data", world / "train.txt", "-o", out, "--steps", 4000, "--batch-size", 2, "--max-length", 16)
+    with subprocess.Popen([sys.executable, "-m", "calora_ext", *map(str, command)]) as process:
+        while not (tmp_path / "out.checkpoints").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert any(p.name.startswith(".out.") for p in tmp_path.iterdir())
+        process.terminate()
+        assert process.wait() == 143
+    assert [p.name for p in tmp_path.iterdir()] == ["out.checkpoints"]
 
 
 def test_write_text_replaces_or_leaves(tmp_path):

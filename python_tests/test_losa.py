@@ -178,6 +178,12 @@ def test_a_share_is_approached_and_a_pattern_pruned_at_once(sparsity, times):
     assert len(adapt(make_llama(), sparsity=sparsity, prunings=None).phases) == times
 
 
+@pytest.mark.parametrize(("pruner", "init"), [("sparsegpt", "residual"), ("wanda", "zero"), ("magnitude", "zero")])
+def test_adapters_start_from_the_residual_where_its_statistics_are_at_hand(pruner, init):
+    recipe = Recipe(weights="bf16", sparsity=0.5, pruner=pruner)
+    assert adapt(make_llama(), {"max_steps": 1}, recipe=recipe, prunings=1).run["init"] == init
+
+
 def test_distillation_is_from_the_model_as_it_came():
     """Nothing pruned: student and teacher agree at the first step, and no longer once trained."""
     both = Distill(hidden={-1: 0.05}, logits=2.0)
@@ -201,6 +207,43 @@ def test_ways_to_train_that_change_nothing(tmp_path):
     assert theirs.losses == pytest.approx(want, rel=1e-4) and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("recipe", [Recipe(weights="bf16", sparsity="2:4"), Recipe(weights="bf16", sparsity=0.7, pruner="wanda")], ids=str)
+def test_a_start_from_the_residual_loses_less(recipe):
+    """Without any training; the zeros are as many."""
+    losses = {}
+    for init in ("zero", "residual"):
+        result = adapt(model := make_llama(), {"max_steps": 0}, recipe=recipe, init=init, prunings=1, eval_data=TEXTS[:20])
+        losses[init] = reconstruction_of(model)
+        assert result.sparsity == pytest.approx(0.5 if recipe.sparsity == "2:4" else 0.7, abs=1e-3)
+    assert losses["residual"] < losses["zero"]
+
+
+def reconstruction_of(model):
+    """How far the last hidden states are from the dense model's on the training text."""
+    dense, tokenizer = make_llama(), make_tokenizer()
+    ids = tokenizer(TEXTS[:16], return_tensors="pt", padding=True).input_ids
+    with torch.no_grad():
+        cx.set_activations(model, "exact")
+        a, b = (m.model(ids).last_hidden_state for m in (dense, model))
+    return ((a - b).norm() / a.norm()).item()
+
+
+def test_a_sparse_branch_moves_what_has_the_largest_gradient(monkeypatch):
+    """Those weights, and as many as asked for; at every pruning anew."""
+    seen, begin = [], MaskedLinear.adapt
+
+    def adapt_and_look(layer, *arguments):
+        begin(layer, *arguments)
+        if layer.at is not None and len(layer.at) < int(layer.mask.sum()):
+            seen.append((len(layer.at), int(layer.mask.sum()), bool(layer.mask.flatten()[layer.at].all())))
+
+    monkeypatch.setattr(MaskedLinear, "adapt", adapt_and_look)
+    model = make_llama()
+    result = adapt(model, {"max_steps": 20}, recipe=Recipe(weights="bf16", sparsity=0.6), prunings=2, sparse_branch=0.1)
+    assert len(seen) == 2 * len(sparse_layers(model)) and all(count == round(0.1 * kept) and inside for count, kept, inside in seen)
+    assert result.sparsity == pytest.approx(0.6, abs=1e-4)
+
+
 def test_the_result_carries_adapters(tmp_path):
     model = make_llama()
     adapt(model, sparsity=0.5)
@@ -221,10 +264,11 @@ def test_the_result_carries_adapters(tmp_path):
 
 
 @pytest.mark.parametrize(("after", "on_grid"), [(0, False), (3, False), (4, False), (9, False), (3, True), (9, True)])
-def test_resume_is_bit_identical(after, on_grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"init": "residual", "sparse_branch": 0.1}], ids=["plain", "prepared"])
+def test_resume_is_bit_identical(after, on_grid, more, tmp_path, monkeypatch):
     """Killed after so many steps of 2 + 2 + 6, wherever that is; then resumed, against a run without interruption."""
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "save_total_limit": 1}
-    options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "on_grid": on_grid, "distill": Distill(hidden={}, logits=1.0)}
+    options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "on_grid": on_grid, "distill": Distill(hidden={}, logits=1.0), **more}
     whole = adapt(want := make_llama(), **options)
     left, step = after, loop._step
 
@@ -303,6 +347,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
         ({"sparsity": 1.5}, "from 0 to 1"), ({"sparsity": -0.1}, "from 0 to 1"), ({"sparsity": "4:2"}, "2:4"),
         ({"rank": 40}, "rank 41 is above the size of model.layers.0.self_attn.q_proj, which is 32"), ({"rank": 0}, "rank must be"),
         ({"prunings": 0}, "prunings must be"), ({"schedule": "square"}, "choose one of cubic, linear"), ({"ranks": "svd"}, "choose one of error, uniform"),
+        ({"init": "svd"}, "choose one of zero, residual"), ({"sparse_branch": 1.5}, "from 0 to 1"),
         ({"data": []}, "no text"), ({"data": [" "]}, "no text"), ({"data": ["a b c"]}, "calibration data has 4 tokens"), ({"data": [text_of(200)]}, "8 calibration sequences or more"),
         ({"calibration": []}, "calibration data has 0 tokens"), ({"max_length": 1000}, "more than the 64 tokens"),
         ({"sparsity": 0.5, "recipe": Recipe(sparsity=0.5)}, "not both"), ({"recipe": Recipe()}, "keeps every weight"),
@@ -359,7 +404,8 @@ def calora(world, *arguments):
 
 def test_command(world, tmp_path, capsys):
     out = tmp_path / "sparse"
-    options = ("--sparsity", 0.6, "--steps", 6, "--weights", "int4", "--group-size", 32, "--distill", "logits", "--eval-data", world / "train.txt")
+    options = ("--sparsity", 0.6, "--steps", 6, "--weights", "int4", "--group-size", 32, "--distill", "logits", "--eval-data", world / "train.txt",
+               "--init", "residual", "--sparse-branch", 0.05)  # fmt: skip
     assert calora(world, "-o", out, *options, "--json", tmp_path / "r.json") == 0
     printed, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
     assert "60.00 %" in printed and "mean rank" in printed and "held-out loss" in printed

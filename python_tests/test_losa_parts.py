@@ -12,12 +12,15 @@ from torch import nn
 from torch.nn.functional import linear
 
 from calora_ext import CaloraError, CompressedLinear, WeightFormat
-from calora_ext.compression.calibrate import find_blocks
+from calora_ext.adaptation.residual import DAMPING, root
+from calora_ext.compression.calibrate import Gram, find_blocks
 from calora_ext.losa import reconstruction
 from calora_ext.losa.masked import MaskedLinear, _MaskedProduct, as_dense, merged
+from calora_ext.losa.phases import SCALE
 from calora_ext.losa.prune import prune_layers
 from calora_ext.losa.rounding import Rounding
 from calora_ext.losa.schedule import check, rank_at, sparsity_at, steps_at
+from calora_ext.losa.start import SKETCH, Start
 from calora_ext.pruning import NofM
 
 
@@ -183,6 +186,93 @@ def test_folding_and_any_new_rank_change_nothing():
         layer.adapt(rank, 2.0, generator(rank))
         torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-6)
         assert layer.rank == rank and torch.equal(layer.weight != 0, mask)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_single_weights_train_beside_the_adapter(rounded):
+    """mask * (W + s U D) + S, gradients of D, U and S against autograd through a dense S; folding keeps it, bit for bit."""
+    base, mask, down, up = parts(11, 17, 3, torch.float32 if rounded else torch.float64)
+    at = mask.flatten().nonzero().flatten()[::3]
+    values = torch.randn(len(at), generator=generator(6), dtype=base.dtype)
+    x = torch.randn(5, 17, generator=generator(1), dtype=base.dtype)
+    rounding = Rounding(WeightFormat("int8", pattern="unstructured"), base, mask) if rounded else None
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, down, up, values)] for _ in range(2))
+    y = _MaskedProduct.apply(ours[0], base, mask, *ours[1:3], 2.0, rounding, ours[3], at)
+    master = (base + 2.0 * theirs[2] @ theirs[1]) * mask + torch.zeros_like(base).put(at, theirs[3], accumulate=True)
+    want = linear(theirs[0], master if rounding is None else master + (rounding(master) - master).detach())
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if rounded else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(y, want, **tolerance)
+    weights = torch.randn(y.shape, generator=generator(8), dtype=base.dtype)
+    (y * weights).sum().backward()
+    (want * weights).sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, **tolerance)
+    layer = MaskedLinear(nn.Linear(17, 11))
+    layer.keep(base.float(), mask)
+    layer.prepared = {"at": at}
+    layer.adapt(3, 2.0, generator())
+    assert torch.equal(layer.weight, layer.base)
+    layer.branch.data.copy_(values)
+    before, moved = layer.weight, layer.weight != layer.base
+    assert torch.equal(moved.flatten().nonzero().flatten(), at) and not before[~mask].any()
+    layer.fold()
+    assert torch.equal(layer.base, before) and layer.branch is None and layer.at is None
+
+
+# -- where adapters start ----------------------------------------------------------------------------------------------------
+
+
+def lossy_layer(out, columns, tokens=400):
+    """(lost, mask, Gram): random weights under a mask of 40 %, inputs of which some directions are much stronger."""
+    g = generator(7)
+    weight, mask = torch.randn(out, columns, generator=g), torch.rand(out, columns, generator=g) < 0.4
+    gram = Gram(columns)
+    gram.add(torch.randn(tokens, columns // 4, generator=g) @ torch.randn(columns // 4, columns, generator=g) + 0.1 * torch.randn(tokens, columns, generator=g))
+    return weight * ~mask, mask, gram
+
+
+def distance(lost, mask, gram, down, up):
+    """What the inputs see of what is still lost, relative to all of it; float64."""
+    left = lost.double() - SCALE * (up.double() @ down.double()) * mask
+    moment = gram.matrix.double() / gram.tokens
+    return ((left @ moment * left).sum() / (lost.double() @ moment * lost.double()).sum()).item()
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_a_start_is_least_squares_under_the_mask(rank):
+    """Each row of U against float64 normal equations of its own, for any rank up to the largest."""
+    lost, mask, gram = lossy_layer(19, 48)
+    down, up = Start(lost, mask, gram, 6, generator()).factors(rank, SCALE)
+    assert down.shape == (rank, 48) and up.shape == (19, rank)
+    torch.testing.assert_close(down.square().mean(1), torch.full((rank,), 1 / (3 * 48)))  # as a D that is drawn
+    lower = root(gram.matrix / gram.tokens).double()
+    for i in range(19):
+        terms = (down.double() * mask[i]) @ lower
+        left = terms @ terms.t()
+        left.diagonal().add_(DAMPING * left.diagonal().mean())
+        want = torch.linalg.solve(left, terms @ (lost[i].double() @ lower)) / SCALE
+        torch.testing.assert_close(up[i].double(), want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_start_brings_some_of_the_loss_back():
+    """Also where the inputs are only sketched; a D that is drawn brings less."""
+    lost, mask, gram = lossy_layer(40, 3 * SKETCH)
+    left = [distance(lost, mask, gram, *Start(lost, mask, gram, 16, generator()).factors(rank, SCALE)) for rank in (1, 4, 16)]
+    assert 1 > left[0] > left[1] > left[2]
+    start = Start(lost, mask, gram, 16, generator())
+    lower = root(gram.matrix / gram.tokens)
+    rows = [torch.linalg.lstsq(((start.down * m) @ lower).t(), (w @ lower).unsqueeze(1)).solution.squeeze(1) for w, m in zip(lost, mask, strict=True)]
+    best = distance(lost, mask, gram, start.down, torch.stack(rows) / SCALE)
+    assert best <= left[2] < best + 0.1 * (1 - best)
+
+
+def test_a_start_where_nothing_was_lost_or_kept():
+    lost, mask, gram = lossy_layer(9, 32)
+    mask[0] = False
+    down, up = Start(lost, mask, gram, 4, generator()).factors(4, SCALE)
+    assert torch.isfinite(down).all() and torch.isfinite(up).all() and not up[0].any()
+    down, up = Start(torch.zeros_like(lost), mask, gram, 4, generator()).factors(4, SCALE)
+    assert torch.isfinite(down).all() and not up.any()
 
 
 def test_running_dense_is_the_layer_as_it_was():

@@ -46,6 +46,26 @@ def test_gradients_equal_those_of_the_formula(fmt):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("m", [3, 40])
+@each_pattern
+def test_gradients_in_bf16_are_as_exact_as_torchs(fmt, m):
+    """x and the gradients that come in are bf16, the bank is fp32 as it is while it trains; at most twice the error of bf16 torch."""
+    args = arguments(m, rank=24, identity_rank=16, fmt=fmt)
+    x, packed, _, in_, out, _, bias, down, up, identity_rank, _, _ = args
+    dense, x = ops.decode(packed, fmt, in_, out), x.bfloat16()
+    weights = torch.randn(m, out, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def gradients(function, dtype):
+        leaves = [t.detach().to(t.dtype if dtype is None else dtype).requires_grad_() for t in (x, down, up)]
+        return [g.double() for g in torch.autograd.grad((function(*leaves) * weights).sum(), leaves)]
+
+    ours = gradients(lambda x, down, up: torch.ops.calora.linear(x, *args[1:7], down, up, *args[9:]), None)
+    formula = lambda x, down, up: x @ dense.to(x).t() + bias.to(x) + ops.gelu_rows(x @ down.to(x).t(), identity_rank) @ up.to(x).t()  # noqa: E731
+    torchs, want = gradients(formula, None), gradients(formula, torch.float64)
+    for a, b, exact in zip(ours, torchs, want, strict=True):
+        assert (a - exact).norm() <= 2 * (b - exact).norm()
+
+
 def test_recording_a_gradient_makes_the_forward_exact():
     x, packed, _, in_, out, _, bias, *_ = arguments()
     exact = ops.linear(x, packed, FMT, in_, out, bias, activations="exact")

@@ -55,10 +55,14 @@ ARMS = {
     "SparseGPT, masked LoRA, uniform, on the grid": ("losa", {**ONE_SHOT, **UNIFORM, "on_grid": True}),
     "LoSA as published, Wanda": ("losa", {"pruner": "wanda", **PUBLISHED}),
     "LoSA as published": ("losa", PUBLISHED),
+    "LoSA as published, rank 10": ("losa", {**PUBLISHED, "rank": 10}),  # as many parameters as with the sparse branch, or more
     "- RMI": ("losa", {"rates": "uniform"}),
     "- rank growth": ("losa", {**PUBLISHED, **UNIFORM}),
     "- schedule": ("losa", {**PUBLISHED, **ONE_SHOT}),
     "+ distillation": ("losa", {**PUBLISHED, "distill": cx.Distill(hidden={}, logits=1.0)}),
+    "+ start from the residual": ("losa", {**PUBLISHED, "init": "residual"}),
+    "+ sparse branch, 5 % of the kept weights": ("losa", {**PUBLISHED, "sparse_branch": 0.05}),
+    "+ start from the residual, + sparse branch": ("losa", {**PUBLISHED, "init": "residual", "sparse_branch": 0.05}),
     "+ arithmetic rates": ("losa", {"rates": "arithmetic"}),
     "arithmetic rates, - schedule": ("losa", {"rates": "arithmetic", **ONE_SHOT}),
 }
@@ -105,7 +109,7 @@ class Bench:
             uniform = isinstance(sparsity, str)
             rates = options.pop("rates", "uniform")
             recipe = cx.Recipe(weights=self.options.weights, sparsity=sparsity, lm_head=None, pruner=options.pop("pruner", None), rates="uniform" if uniform else rates)
-            result = cx.sparse_adapt(model, recipe=recipe, rank=RANK, calibration=self.calibration, **options, **shared)
+            result = cx.sparse_adapt(model, recipe=recipe, **{"rank": RANK, "init": "zero", **options}, calibration=self.calibration, **shared)
             found |= {"sparsity": result.sparsity, "ranks": [row["mean_rank"] for row in result.phases], "peak_rss_bytes": result.peak_rss_bytes}
         seconds = time.monotonic() - began
         if kind not in ("dense", "full"):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import heap
 from ..errors import CaloraError
 from ..io.batches import Sample, collate
 from . import checkpoint
@@ -118,6 +119,8 @@ def _step(model, parameters, picked, objective, teacher, settings, pad_id, optim
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.bf16):
             targets = None if teacher is None else teacher.targets(piece, batch)
             terms = objective.loss(model, batch, targets, counts)
+        if settings.gradient_checkpointing:
+            heap.trim()  # backward takes other sizes than forward left behind
         sum(terms.values()).backward()
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item()

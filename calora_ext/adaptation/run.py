@@ -152,7 +152,7 @@ def checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
     """Gradient checkpointing for the time being, where it is asked for, and with it the other way to pay for memory with time."""
     stack = ExitStack()
     if settings.gradient_checkpointing:
-        stack.enter_context(heap.frugal())
+        stack.enter_context(heap.frugal(heap.STEP))
     if settings.gradient_checkpointing and not model.is_activation_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         stack.callback(model.activation_checkpointing_disable)

@@ -188,6 +188,8 @@ def save_adapter(
     full = {f"{path}.{key}": p for path, module in entry.modules.items() for key, p in module.named_parameters(recurse=False)}
     writers, stale = {}, []
     if lora:
+        if muted := next((path for path in entry.lora_bias if lora[path].scale == 0), None):
+            raise CaloraError(f"adapter {adapter_name!r} has lora_alpha 0 at {muted}, which left nothing of its lora_B.bias to save; keep the directory it came from")
         unscaled = {path: bias / lora[path].scale for path, bias in entry.lora_bias.items()}
         adapter = LoraAdapter(_exact_targets(model, entry.config, lora), lora, unscaled, entry.biases, full)
         writers |= peft_adapter.adapter_writers(adapter, dtype)

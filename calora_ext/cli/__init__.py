@@ -6,7 +6,11 @@ Nothing heavy is imported before a command runs, so that ``calora --help`` and u
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import typer
 
@@ -28,7 +32,8 @@ for module in (demo, info, compress, adapt, sparse_adapt, evaluate, generate, be
 def main(arguments: list[str] | None = None) -> None:
     """Run one command and exit: 0, or 2 with one sentence on stderr for bad input."""
     try:
-        app(arguments, prog_name="calora")
+        with _terminable():
+            app(arguments, prog_name="calora")
     except (CaloraError, NotBuiltError) as error:
         _fail(str(error))
     except OSError as error:
@@ -37,6 +42,19 @@ def main(arguments: list[str] | None = None) -> None:
         name = f" {error.filename}" if error.filename else ""
         advice = {errno.ENOSPC: "free some space and run the command again", errno.EACCES: "check its permissions"}
         _fail(f"{error.strerror}:{name}; {advice.get(error.errno, 'check the path')}")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written stays behind: a process that it kills cleans up nothing."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> None:

@@ -48,6 +48,9 @@ def adapt(
     recovery_init: Annotated[
         str | None, typer.Option(help="How they start: zero, or residual (from what compression lost; needs --teacher).  [default: zero]")
     ] = None,
+    recovery_dtype: Annotated[
+        str | None, typer.Option(help="What they are saved in: float32, bfloat16, float16, or int8, a byte a parameter.  [default: float32]")
+    ] = None,
     recovery: Annotated[bool, typer.Option(help="Train recovery modules beside the LoRA.")] = True,
     distill: Annotated[
         str | None, typer.Option(help="What to learn from the teacher: hidden, logits, hidden,logits or none.  [default: hidden, and logits of a teacher with --inherit]")
@@ -73,6 +76,7 @@ def adapt(
     json_file: Json = None,
 ) -> None:
     """Train an adapter on a compressed model: inherited LoRA, recovery modules, distillation from the dense model."""
+    saved_in = _dtype(recovery_dtype, recovery)
     inputs = (model, data, teacher, inherit, eval_data, cache_teacher)
     with output_directory(output, overwrite, keep=[p for p in inputs if p]) as directory:
         from .. import adapt as train
@@ -98,7 +102,7 @@ def adapt(
             student, tokenizer=tokenizer, teacher=load(teacher) if teacher else None, teacher_cache=cache_teacher,
             eval_data=eval_data, adapter_name=directories.ADAPTER, **samples, **arguments,
         )  # fmt: skip
-        save_adapter(student, directories.ADAPTER, directory)
+        save_adapter(student, directories.ADAPTER, directory, recovery_dtype=saved_in)
         tokenizer.save_pretrained(directory)
         if student.can_generate():
             student.generation_config.save_pretrained(directory)
@@ -131,6 +135,18 @@ def _arguments(distilled, inherit, init, lora_rank, recovery_rank, recovery_init
     elif distill is not None:
         arguments["distill"] = distillation(distill, TAUGHT_LOGITS)
     return arguments
+
+
+def _dtype(name: str | None, recovery: bool):
+    """What the recovery half is saved in, refused before the training rather than after it."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+    if name is not None and not recovery:
+        raise CaloraError("--recovery-dtype has no meaning with --no-recovery; leave one of them out")
+    if name is not None and name not in dtypes:
+        raise CaloraError(f"--recovery-dtype is one of {', '.join(dtypes)}, got {name!r}")
+    return dtypes.get(name)
 
 
 def distillation(text: str, logits: float):

@@ -52,6 +52,10 @@ def sparse_adapt(
     ranks: Annotated[str, typer.Option(help="How ranks are spread over the blocks: error (of a block's output) or uniform.")] = "error",
     revive: Annotated[bool, typer.Option("--revive", help="SparseGPT may bring pruned weights back.")] = False,
     on_grid: Annotated[bool, typer.Option("--on-grid", help="Train with rounded weights, so that packing changes nothing.")] = False,
+    init: Annotated[
+        str | None, typer.Option(help="How adapters start: zero, or residual (from what the pruning took).  [default: residual with sparsegpt, else zero]")
+    ] = None,
+    sparse_branch: Annotated[float, typer.Option(help="Share of the kept weights that also train one by one.")] = 0.0,
     distill: Annotated[str, typer.Option(help="What to learn from the model as it came: hidden, logits, hidden,logits or none.")] = "none",
     calibration: Annotated[Path | None, typer.Option(metavar="FILE", help="Text to prune with.  [default: 65,536 tokens of the data]")] = None,
     activations: options.Activations = "int8",
@@ -95,7 +99,7 @@ def sparse_adapt(
         small, tokenizer = directories.open_model(model)
         result = train(
             small, data=data, tokenizer=tokenizer, recipe=chosen, prunings=prunings, schedule=schedule, rank=rank, rank_growth=rank_growth,
-            ranks=ranks, revive=revive, on_grid=on_grid, distill=distillation(distill, 1.0), calibration=texts, task=task or "causal-lm", args=settings,
+            ranks=ranks, revive=revive, on_grid=on_grid, init=init, sparse_branch=sparse_branch, distill=distillation(distill, 1.0), calibration=texts, task=task or "causal-lm", args=settings,
             eval_data=eval_data, max_length=max_length, text_column=text_column, pair_column=pair_column, label_column=label_column,
         )  # fmt: skip
         small.save_pretrained(directory)

@@ -3,7 +3,7 @@
 run        sparse_adapt()                          schedule   how sparse, how many steps, which mean rank at each pruning
 masked     y = x (mask * (W + s U D))^T + b        reconstruction   how far each block is from the dense model, and its rank
 prune      masks on the merged weights             state      to go on bit for bit           result   what came of it
-rounding   to the packed grid, while training
+rounding   to the packed grid, while training      start      an adapter that begins with what a pruning took
 """
 
 from .result import SparseAdaptResult

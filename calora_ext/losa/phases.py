@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptation import Distill, Settings
-from ..adaptation.loop import derived_seed, train
+from ..adaptation.loop import DataOrder, derived_seed, train
 from ..adaptation.objective import Objective, Targets
 from ..adaptation.run import checkpointed
 from ..adaptation.teacher import LiveTeacher
 from ..compression import rates
+from ..compression.calibrate import Gram
 from ..errors import CaloraError
-from ..io.batches import Batch, Sample
+from ..io.batches import Batch, Sample, collate
 from ..policy import features
 from ..progress import progress
 from ..recipe import Recipe
@@ -25,7 +26,10 @@ from . import reconstruction, state
 from .masked import MaskedLinear, as_dense
 from .prune import prune_layers
 from .schedule import check, rank_at, sparsity_at, steps_at
+from .start import Start
 
+INITS = ("zero", "residual")
+PROBES = 8  # micro-batches whose gradient chooses the weights of the sparse branch
 SCALE = 2.0  # of an adapter, whatever its rank; published: alpha 16 where the rank is 8
 RANKS = ("error", "uniform")
 
@@ -42,11 +46,18 @@ class Plan:
     ranks: str
     revive: bool
     on_grid: bool
+    init: str
+    sparse_branch: float
 
     def __post_init__(self) -> None:
         check(self.prunings, self.schedule, self.rank, self.rank_growth)
         if self.ranks not in RANKS:
             raise CaloraError(f"unknown ranks {self.ranks!r}; choose one of {', '.join(RANKS)}")
+        if self.init not in INITS:
+            raise CaloraError(f"unknown init {self.init!r}; choose one of {', '.join(INITS)}")
+        share = self.sparse_branch
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise CaloraError(f"sparse_branch must be a share of the kept weights, from 0 to 1, got {share!r}")
         if self.revive and self.recipe.pruner != "sparsegpt":
             raise CaloraError(f"revive=True has no meaning for pruner={self.recipe.pruner!r}, under which a pruned weight stays 0; leave it out")
 
@@ -108,7 +119,7 @@ class Run:
         for pruning in range(first, self.plan.prunings + 1):
             if pruning > len(self.phases):
                 try:
-                    self._prune(pruning, len(samples))
+                    self._prune(pruning, samples)
                 except CaloraError as error:
                     trained = f", after training at learning_rate {self.settings.learning_rate:g}" if self.history else ""
                     raise CaloraError(f"pruning {pruning} of {self.plan.prunings}{trained}: {error}") from None
@@ -118,8 +129,8 @@ class Run:
             if resumed and pruning == first:
                 self.resumed_at = began_at
 
-    def _prune(self, pruning: int, samples: int) -> None:
-        """Fold the adapters in, choose the masks anew and the ranks to come; saved, where checkpoints are."""
+    def _prune(self, pruning: int, samples: list[Sample]) -> None:
+        """Fold the adapters in, choose the masks anew, the ranks to come and what adapters begin with; saved, where checkpoints are."""
         for layer in self.layers.values():
             layer.fold()
         recipe, plan = self.plan.recipe_at(pruning), self.plan
@@ -129,14 +140,60 @@ class Run:
             zeros = {} if plan.revive else {name: int((~layer.mask).sum()) for name, layer in self.layers.items()}
             formats = dict.fromkeys(self.layers, plan.recipe.format())
             targets = rates.targets(self.model, formats, recipe, self.batches, zeros, lambda: bar.update())
-            prune_layers(self.model, self.layers, self.blocks, self.batches, recipe.pruner, targets, plan.revive, lambda: bar.update())
+            starts: dict[str, Start] = {}
+            generator = torch.Generator().manual_seed(derived_seed(self.settings.seed, "start", pruning))
+            caps = {name: self._cap(names) for names in self.blocks.values() for name in names}
+
+            def lost(name: str, weight: Tensor, inputs: Gram) -> None:
+                starts[name] = Start(weight, self.layers[name].mask, inputs, caps[name], generator)
+
+            residual = lost if plan.init == "residual" else None
+            prune_layers(self.model, self.layers, self.blocks, self.batches, recipe.pruner, targets, plan.revive, lambda: bar.update(), residual)
             errors = reconstruction.errors(self.model, self.layers, list(self.blocks), self.batches, lambda: bar.update())
         mean = plan.rank_at(pruning)
         scores = errors if plan.ranks == "error" else torch.ones_like(errors)
         ranks = reconstruction.ranks(scores, mean, torch.tensor([self._cap(names) for names in self.blocks.values()]))
-        self.phases.append(self._row(pruning, errors.tolist(), ranks, steps_at(self.settings.steps(samples), pruning, plan.prunings)))
+        self.phases.append(self._row(pruning, errors.tolist(), ranks, steps_at(self.settings.steps(len(samples)), pruning, plan.prunings)))
+        self._prepare(self.phases[-1], starts, samples)
         if self.saving:
             state.save(Path(self.settings.output_dir), pruning, self.facts, self.phases, self.history, self.layers)
+
+    def _prepare(self, phase: dict, starts: dict[str, Start], samples: list[Sample]) -> None:
+        """What the adapters of a phase begin with, where the plan asks for more than fresh ones."""
+        inside = {name: phase["ranks"][block] for block, names in self.blocks.items() for name in names}
+        branches = self._chosen(phase, samples) if self.plan.sparse_branch else {}
+        for name, start in starts.items():
+            down, up = start.factors(inside[name], SCALE)
+            self.layers[name].prepared = {"down": down, "up": up}
+        for name, at in branches.items():
+            self.layers[name].prepared["at"] = at
+
+    def _chosen(self, phase: dict, samples: list[Sample]) -> dict[str, Tensor]:
+        """The kept weights that train one by one: those with the largest gradient on the data that comes next, as in RoSA. For it all
+        kept weights are a branch once."""
+        size = self.settings.per_device_train_batch_size
+        order = DataOrder(len(samples), self._data_seed())
+        first = self.settings.samples_per_step * sum(row["steps"] for row in self.phases[:-1])
+        objective = Objective(self.task, None)
+        for layer in self.layers.values():
+            layer.prepared = {"at": layer.mask.flatten().nonzero().flatten()}
+            layer.adapt(1, SCALE, torch.Generator().manual_seed(0))  # U is 0: it changes nothing
+        with checkpointed(self.model, self.settings), _training(self.model), torch.random.fork_rng():
+            torch.manual_seed(derived_seed(self.settings.seed, "probe", phase["pruning"]))
+            for begin in range(first, first + PROBES * size, size):
+                batch = collate([samples[order[i]] for i in range(begin, begin + size)], self.pad_id)
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
+                    loss = objective.loss(self.model, batch, None, objective.counts([batch]))["task"]
+                loss.backward()
+        chosen = {}
+        for name, layer in self.layers.items():
+            count = round(self.plan.sparse_branch * len(layer.at))
+            chosen[name] = layer.at[layer.branch.grad.abs().topk(count).indices.sort().values] if layer.branch.grad is not None else layer.at[:0]
+            layer.fold()
+        return chosen
+
+    def _data_seed(self) -> int:
+        return self.settings.seed if self.settings.data_seed is None else self.settings.data_seed
 
     def _cap(self, names: list[str]) -> int:
         """The largest rank of a block."""
@@ -171,7 +228,7 @@ class Run:
         settings = self.settings
         own = replace(
             settings, max_steps=phase["steps"], seed=derived_seed(settings.seed, "pruning", pruning),
-            data_seed=settings.seed if settings.data_seed is None else settings.data_seed,
+            data_seed=self._data_seed(),
             output_dir=str(state.directory_of(Path(settings.output_dir), pruning)) if settings.output_dir else None,
             resume_from_checkpoint=resume or None,
         )  # fmt: skip

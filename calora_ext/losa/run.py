@@ -47,6 +47,8 @@ def sparse_adapt(
     ranks: str = "error",
     revive: bool = False,
     on_grid: bool = False,
+    init: str | None = None,
+    sparse_branch: float = 0.0,
     distill: Distill | None = None,
     calibration: Sequence | None = None,
     task: str = "causal-lm",
@@ -72,6 +74,8 @@ def sparse_adapt(
     revive: whether SparseGPT may bring back weights that an earlier pruning removed, as the released code does.
     on_grid: train with the weights rounded to what the recipe's format holds, the scales chosen at each pruning (``Rounding``): then
     packing changes nothing, bit for bit. Without it they are rounded once, after training.
+    init: "zero", as published: a fresh adapter changes nothing; "residual": it begins with what the kept weights can bring back of what the
+    pruning took (``Start``). By default "residual" with SparseGPT, whose statistics it needs, which was better (benchmarks/NOTES.md), else "zero". sparse_branch: a share of the kept weights, those with the largest gradient, that train one by one beside the adapter, as in RoSA.
     distill: also learn from the model as it came (``Distill``, its logits' weight 0 where it is None); None, as published: the task's loss alone.
     calibration: texts or token ids for the pruning; default 128 x 512 tokens of the data.
     data, eval_data, tokenizer, task, args, max_length, *_column: as in ``adapt``; args.output_dir and save_steps keep checkpoints, from
@@ -83,7 +87,8 @@ def sparse_adapt(
     settings, task = Settings.of(args), task_name(task)
     recipe = _recipe(sparsity, recipe, on_grid)
     prunings = default_prunings(recipe.sparsity) if prunings is None else prunings
-    chosen = Plan(recipe, prunings, schedule, rank, rank_growth, ranks, revive, on_grid)
+    init = default_init(recipe.pruner) if init is None else init
+    chosen = Plan(recipe, prunings, schedule, rank, rank_growth, ranks, revive, on_grid, init, sparse_branch)
     if resident := list_adapters(model):
         raise CaloraError(f"adapter {resident[0]!r} is loaded on the layers, which are replaced; delete_adapter it first")
     coverage = plan(model, recipe)
@@ -134,6 +139,11 @@ def _recipe(sparsity: str | float | None, recipe: Recipe | None, on_grid: bool) 
 def default_prunings(sparsity: str | float) -> int:
     """A share is approached little by little; 2:4 is two steps from dense, and steps spent before it are lost."""
     return 1 if ":" in str(sparsity) else 5
+
+
+def default_init(pruner: str) -> str:
+    """What adapters begin with: measured with SparseGPT alone, which has the Gram matrices at hand."""
+    return "residual" if pruner == "sparsegpt" else "zero"
 
 
 def default_rates(sparsity: str | float) -> str:

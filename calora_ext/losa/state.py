@@ -1,6 +1,6 @@
 """A run after a pruning, on disk: directory/pruning-T holds the sparse weights and their masks, and what training leaves there.
 
-The adapters that follow are fresh and drawn from the seed, the steps within are checkpoints of the training loop in the same
+The adapters that follow are fresh and drawn from the seed, or lie there too, the steps within are checkpoints of the training loop in the same
 directory: with both a run goes on bit for bit wherever it was interrupted.
 """
 
@@ -26,7 +26,8 @@ def directory_of(directory: Path, pruning: int) -> Path:
 
 def save(directory: Path, pruning: int, run: dict, phases: list[dict], history: list[dict], layers: dict[str, MaskedLinear]) -> None:
     """Write the state after a pruning, then remove those of other prunings."""
-    tensors = {f"{name}/{key}": t.contiguous() for name, layer in layers.items() for key, t in (("base", layer.base), ("mask", layer.mask))}
+    parts = {name: {"base": layer.base, "mask": layer.mask, **layer.prepared} for name, layer in layers.items()}
+    tensors = {f"{name}/{key}": t.contiguous() for name, part in parts.items() for key, t in part.items()}
     target = directory_of(directory, pruning)
     checkpoint.write(target, {"pruning": pruning, "run": run, "phases": phases, "history": history}, {_LAYERS: tensors})
     for other in _found(directory):
@@ -45,10 +46,11 @@ def restore(directory: Path, run: dict, layers: dict[str, MaskedLinear]) -> tupl
     state = checkpoint.read(found[-1], run, {"pruning", "phases", "history"})
     tensors: dict[str, Tensor] = checkpoint.tensors_in(found[-1], _LAYERS)
     expected = {f"{name}/{key}": layer.base.shape for name, layer in layers.items() for key in ("base", "mask")}
-    if {key: t.shape for key, t in tensors.items()} != expected:
+    if {key: t.shape for key, t in tensors.items() if key.endswith(("/base", "/mask"))} != expected:
         raise CaloraError(f"{found[-1]} holds other layers than this model; start afresh")
     for name, layer in layers.items():
         layer.keep(tensors[f"{name}/base"], tensors[f"{name}/mask"])
+        layer.prepared = {key: tensors[f"{name}/{key}"] for key in ("down", "up", "at") if f"{name}/{key}" in tensors}
     return state["phases"], state["history"]
 
 
