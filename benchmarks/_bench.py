@@ -21,6 +21,7 @@ from functools import cache
 ROUNDS = 11
 BLOCK_SECONDS = 0.02  # of calls of one row in one round
 PROBE_BYTES = 256 << 20
+PROBE = "twelve prefetched streams in 4 KB pages"  # of the op calora::read
 CAPS = {"avx2": "avx2", "avx2-vnni": "avx2"}  # rung -> what torch and oneDNN are capped to
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from _bench import Group, ReplayClock, measure
+from _bench import PROBE, Group, ReplayClock, measure
 
 from calora_ext import ops
 
@@ -81,7 +81,7 @@ def test_linear(benchmark, group: Group, name: str, record_target):
     benchmark.extra_info.update(
         row=name, in_features=group.in_features, out_features=group.out_features, m=group.m, isa=group.isa, threads=group.threads,
         weight_bytes=t.nbytes, gbps=t.gbps, bandwidth_fraction=t.fraction, gflops=2e-9 * group.m * group.in_features * group.out_features / t.median,
-        speedup_over_torch_bf16=t.speedup(timings["torch bf16"]),
+        speedup_over_torch_bf16=t.speedup(timings["torch bf16"]), probe=PROBE,
     )  # fmt: skip
     CLOCK.replay(benchmark, t.seconds)
     for what, value, goal in targets(group, name, timings):

@@ -13,7 +13,9 @@ namespace calora {
 enum class DType : int { f32 = 0, bf16 = 1 };
 enum class Activations : int { exact = 0, int8 = 1 };
 
-constexpr int64_t kDecodeRows = 8;  // M <= 8 streams the packed weight once ("decode"); above it is a blocked GEMM ("prefill")
+// M <= 8 streams the packed weight once ("decode"); above it is a blocked GEMM ("prefill") or, of some sparse weights, still a
+// decode: each tile by eight rows after the other.
+constexpr int64_t kDecodeRows = 8;
 
 // How prefill cuts the rows of x: panels of equal height (what the registers of a micro-kernel hold; the last is padded),
 // and blocks of panels that pass by each tile together. The unit of work is a (block, tile) pair.
@@ -93,7 +95,7 @@ struct LinearArgs {
   float* xf;              // exact: (m, g.columns) x in fp32, padding 0
   uint16_t* xb;           // exact decode with bf16 x: (m, g.columns) x as bf16, padding 0
   float* t;               // (m, rank) phi(x D^T), when rank > 0
-  float* sums;            // decode, when rank > 0: (tiles, m, 32) x W^T, which wait for the bank
+  float* sums;            // decode, when rank > 0: (tiles, m, 32) x W^T, which wait for the bank; of each eight rows
 };
 
 // dx = grad W, for training: (m, out_features) x W -> (m, in_features). Both fp32 or both bf16, fp32 accumulation.
@@ -112,6 +114,7 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body bod
 
 struct Kernels {
   const char* isa;
+  bool (*decodes)(const LinearArgs&);  // rather than prefill: all calls of up to kDecodeRows rows; of w, x_dtype, m and activations only
   int64_t fork_bytes;  // of packed weights: one row is decoded against fewer of them sooner by one thread (linear.cpp)
   void (*prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);            // x -> xq, x_scale, x_sum | xf | xb; prefill: whole panels
   void (*bank_down)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end);  // x -> t

@@ -130,8 +130,19 @@ def test_sparse_weights_of_any_density(rung, fmt, density):
 @pytest.mark.parametrize("fmt", SPARSE + PAIRED, ids=str)
 def test_sparse_decode_of_every_m(rung, fmt, density):
     """M from 1 to 8 on shapes that give several tiles to every stream, or fewer than there are streams; fp32 and bf16 x."""
+    sparse_rows_against_float64(rung, fmt, density, range(1, 9))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("fmt", SPARSE + PAIRED, ids=str)
+def test_sparse_weights_by_more_rows_than_eight(rung, fmt, density):
+    """Where some rungs go on decoding, eight rows after the other, and a little beyond."""
+    sparse_rows_against_float64(rung, fmt, density, (9, 12, 16, 17, 31, 48, 49, 64, 65))
+
+
+def sparse_rows_against_float64(rung, fmt, density, rows):
     rng = random.Random(f"{fmt} {density}")
-    for m in range(1, 9):
+    for m in rows:
         in_, out, rank = rng.randint(1, 300), rng.randint(1, 400 if rung != "reference" else 70), rng.choice([0, 1, 16, 64])
         packed, bias, down, up = layer(fmt, out, in_, rank, torch.float32, m, density)
         dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
@@ -247,8 +258,9 @@ def test_random_ragged_prefill(rung, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_more_rows_than_one_pass_takes(rung, dtype):
-    m, in_, out, fmt = 2200, 64, 33, WeightFormat("int4", 64)
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64), WeightFormat("bf16", pattern="2:4"), WeightFormat("bf16", pattern="unstructured")], ids=str)
+def test_more_rows_than_one_pass_takes(rung, fmt, dtype):
+    m, in_, out = 2200, 64, 33
     packed, bias, down, up = layer(fmt, out, in_, 3, dtype)
     dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
     x = torch.randn(m, in_, generator=torch.Generator().manual_seed(9)).to(dtype)

@@ -1,6 +1,6 @@
 // Decode (M <= kDecodeRows): the packed weight streams by once and is multiplied as it comes.
 //
-//   runs of tiles (kStreams of them, as a rule), one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
+//   runs of tiles (kStreams of them, or kOddStreams), one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
 //
 // A path says how long a step is (kStepBytes, kStepColumns) and how it is loaded and multiplied: IntPath (int8 activations), FloatPath (fp32), Bf16Path
 // (vdpbf16ps). All of them leave the scale to the end of the block, so that it costs one multiplication per block and row
@@ -19,6 +19,7 @@ namespace {
 // what comes next is asked for step by step, into L2 and not further ahead than the misses one core can have in flight: 2 KB
 // ahead, or into L1, is slower by a fifth or more. Measured: benchmarks/NOTES.md.
 constexpr int64_t kStreams = 4, kAhead = 1024;  // tiles; bytes
+constexpr int64_t kOddStreams = 5;              // of a whole turn each, where there are registers for their sums: 2 to 10 % faster than four
 constexpr int64_t kScalesAhead = 256;           // bytes: 8 blocks of nf4
 constexpr int64_t kTurn = 4;                    // steps: blocks are whole turns, and int16 sums hold one
 constexpr int64_t kLine = 64;                   // bytes
@@ -36,24 +37,28 @@ struct Turn {
   int64_t steps;                // a multiple of kTurn
 };
 
-// body(codes of tile t, step, t) for every step and each of P tiles, prefetching on the first of the passes over them.
+// body(codes of tile t, step, t) for every step and each of P tiles, prefetching on the first of the passes over them. Tiles take
+// turns by steps, or by whole turns.
 template <class Path, class V, int P, class Body>
 __attribute__((always_inline)) inline void each_step(const Turn& turn, int first, Body body) {
   const uint8_t* codes[P];
 #pragma GCC unroll 8
   for (int t = 0; t < P; ++t) codes[t] = turn.codes[t] + first * V::kBytes;
+  constexpr int64_t kVisit = P == kOddStreams ? kTurn : 1;  // steps of a tile before the next has its turn
   for (int64_t turn_step = 0; turn_step < turn.steps; turn_step += kTurn) {
 #pragma GCC unroll 4
-    for (int64_t s = 0; s < kTurn; ++s)
+    for (int64_t visit = 0; visit < kTurn; visit += kVisit)
 #pragma GCC unroll 8
-      for (int t = 0; t < P; ++t) {
-        const int64_t step = turn_step + s;
-        const uint8_t* p = codes[t] + step * Path::kStepBytes;
-        if (first == 0)
+      for (int t = 0; t < P; ++t)
 #pragma GCC unroll 4
-          for (int64_t i = 0; i < Path::kStepBytes; i += kLine) prefetch(p + kAhead + i);
-        body(p, step, t);
-      }
+        for (int64_t s = visit; s < visit + kVisit; ++s) {
+          const int64_t step = turn_step + s;
+          const uint8_t* p = codes[t] + step * Path::kStepBytes;
+          if (first == 0)
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < Path::kStepBytes; i += kLine) prefetch(p + kAhead + i);
+          body(p, step, t);
+        }
   }
 }
 
@@ -100,6 +105,12 @@ constexpr int pack_tiles() {
   return tiles;
 }
 
+// Runs that stream side by side. (At M = 2, 4-bit codes of five tiles are up to 8 % slower than of four.)
+template <class V, int M, Values values>
+constexpr int64_t dense_runs() { return V::kLanes == 16 && (M == 1 || (M == 2 && !has_groups(values))) ? kOddStreams : kStreams; }
+template <class V, int M, int64_t runs>
+constexpr int packed_tiles() { return runs == kOddStreams ? kOddStreams : pack_tiles<V, M>(); }
+
 // Zero points minus 8 of the rows of register i in a tile's block.
 template <class V>
 typename V::F zero_offset(const Weight& w, int64_t tile, int64_t block, int i) {
@@ -120,7 +131,7 @@ struct IntPath {
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 4;
   static constexpr bool kShortTurns = !V::kVnni && values == Values::int4;
   // As many runs as tiles are multiplied together, where arithmetic takes as long as memory: taking turns costs a fifth there.
-  static constexpr int64_t kRuns = V::kVnni && V::kLanes == 16 && pack_tiles<V, M>() == 2 ? 2 : kStreams;
+  static constexpr int64_t kRuns = V::kVnni && V::kLanes == 16 && pack_tiles<V, M>() == 2 ? 2 : dense_runs<V, M, values>();
   static Acc none() { return V::izero(); }
 
   template <int P, int G>
@@ -376,7 +387,7 @@ struct Bf16Path {
   using Sums = Acc[M][V::kTileRegs];
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : 2;
   static constexpr bool kShortTurns = false;
-  static constexpr int64_t kRuns = kStreams;
+  static constexpr int64_t kRuns = dense_runs<V, M, values>();
   static Acc none() { return V::zero(); }
   alignas(64) static constexpr uint16_t kCodes[32] = {
       0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
@@ -497,8 +508,8 @@ void bank_pass(const LinearArgs& a, int64_t begin, int64_t end) {
 
 template <class V, int M, class Path>
 void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
-  constexpr int G = group_regs<V, M>(), P = pack_tiles<V, M>();
   constexpr int64_t kRuns = Path::kRuns;
+  constexpr int G = group_regs<V, M>(), P = packed_tiles<V, M, kRuns>();
   const Geometry& g = a.w.g;
   const int64_t steps = g.block_columns / Path::kStepColumns;
   const int64_t turn_steps = P == kRuns && G == V::kTileRegs && !Path::kShortTurns ? steps : kTurn;

@@ -25,8 +25,9 @@ struct MaskPath {
   static constexpr int R = V::kTileRegs;
 
   // Tiles side by side, each two streams, and turns of a tile before the next has its turn. More streams than the processor's
-  // own prefetching follows cost a third of the speed; software prefetches gain 3 % at 50 % int8, and lose up to 15 % at 70 %.
-  static constexpr int64_t kTiles = 2, kVisit = 4;
+  // own prefetching follows cost a third of the speed; software prefetches gain 3 % at 50 % int8, and lose up to 15 % at 70 %,
+  // where arithmetic does not take longer than memory.
+  static constexpr int64_t kTiles = M < 4 ? 2 : 1, kVisit = 4, kFar = M < 4 ? 0 : 4096;  // bytes ahead
   static constexpr int kChains = M <= 4 ? 2 : 1;  // of sums: one would wait for the latency of vpdpbusd
 
   struct Sums {  // of (unsigned code) * xq
@@ -38,6 +39,7 @@ struct MaskPath {
   };
 
   static const int8_t* x(const LinearArgs& a) { return a.xq; }
+  __attribute__((always_inline)) static void ask(const uint8_t* p) { kFar ? prefetch(p + kFar) : void(); }
 
   // `turns` chunks of one tile. x: its first row at the first chunk's first column.
   __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask, const int8_t* x,
@@ -47,10 +49,12 @@ struct MaskPath {
     copy<kChains, M, R>(sums.products, 0, sum, 0);
     for (int64_t t = 0; t < turns; ++t, mask += kMaskBytes, x += kTurnColumns) {
       const uint8_t *from = w.chunk(tile, chunk + t), *odd = from;
-      keep_pointer(x), keep_pointer(mask);
+      keep_pointer(x), keep_pointer(mask), ask(mask), ask(mask + kLine);
 #pragma GCC unroll 8
       for (int s = 0; s < 8; ++s) {
         const uint8_t* bits = mask + 16 * s;
+        ask(s % 2 ? odd : from);
+        if constexpr (values == Values::int8) ask(from + kLine);
         I codes[R];
 #pragma GCC unroll 2
         for (int i = 0; i < R; ++i) {

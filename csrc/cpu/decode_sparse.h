@@ -9,7 +9,7 @@
 // prefetching follows that order, and what decides the speed from memory is how well it does (a factor of 2; NOTES.md).
 //
 // Kernels come for 1, 2, 4 and 8 rows of x; 3 and 5 to 7 take the next one, whose last rows are computed and thrown away:
-// the workspace always has kDecodeRows rows.
+// the workspace always has a multiple of kDecodeRows rows.
 #pragma once
 #include "decode_24.h"
 #include "decode_bitmask.h"

@@ -43,7 +43,7 @@ template <class V, int M>
 struct MaskBf16Path : SparseBf16Path<V, M> {
   using Base = SparseBf16Path<V, M>;
   using Base::kChains, Base::R;
-  static constexpr int64_t kTiles = 2, kVisit = 2;
+  static constexpr int64_t kTiles = M < 8 ? 2 : 1, kVisit = M < 8 ? 2 : 4, kChunkAhead = M < 8 ? kAhead : 8192;
 
   __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask,
                                                       const uint16_t* x, int64_t row, typename Base::Sums& sums) {
@@ -52,7 +52,7 @@ struct MaskBf16Path : SparseBf16Path<V, M> {
     copy<kChains, M, R>(sums.products, 0, sum, 0);
     for (int64_t t = 0; t < turns; ++t, mask += kMaskBytes, x += kTurnColumns) {
       const uint8_t* from = w.chunk(tile, chunk + t);
-      prefetch(mask + kAhead), prefetch(mask + kAhead + kLine);
+      prefetch(mask + kChunkAhead), prefetch(mask + kChunkAhead + kLine);
       keep_pointer(x), keep_pointer(mask);
 #pragma GCC unroll 16
       for (int s = 0; s < 16; ++s) {
@@ -63,7 +63,7 @@ struct MaskBf16Path : SparseBf16Path<V, M> {
           codes[i] = _mm512_mask_expand_epi16(nothing, bits, V::iload(from));
           from += 2 * __builtin_popcount(bits);
         }
-        prefetch(from + kAhead);
+        prefetch(from + kChunkAhead);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const auto two = V::iset1(load32(x + m * row + 2 * s));
@@ -80,7 +80,8 @@ template <class V, int M>
 struct TwoFourBf16Path : SparseBf16Path<V, M> {
   using Base = SparseBf16Path<V, M>;
   using Base::kChains, Base::R;
-  static constexpr int64_t kTiles = kStreams, kVisit = 1, kTurnBytes = turn_bytes(Values::bf16);
+  // More tiles side by side are slower, by more the more rows of x: four times at M = 8 (benchmarks/NOTES.md).
+  static constexpr int64_t kTiles = M == 1 ? 2 : 1, kVisit = M == 1 ? 1 : 4, kTurnAhead = M == 1 ? kAhead : 4096, kTurnBytes = turn_bytes(Values::bf16);
   static constexpr int kGroups = kTurnColumns / 4;  // of four columns, a line each
 
   __attribute__((always_inline)) static void multiply(const Weight&, int64_t, int64_t, int64_t turns, const uint8_t* p, const uint16_t* x, int64_t row,
@@ -94,7 +95,7 @@ struct TwoFourBf16Path : SparseBf16Path<V, M> {
     for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
       keep_pointer(x), keep_pointer(p);
 #pragma GCC unroll 18
-      for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kAhead);
+      for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kTurnAhead);
       I places[2][R];
 #pragma GCC unroll 2
       for (int i = 0; i < R; ++i) {

@@ -5,7 +5,7 @@
 // vpexpandb and vpexpandw that put zeros elsewhere wait for what their destination held before (Zen 4, measured: 5.0 cycles each
 // into one register, 1.3 into eight or into one that was cleared). Those that merge into a copy of a constant do not.
 #pragma once
-#include "expand.h"
+#include "expand_24.h"
 
 namespace calora {
 namespace {
@@ -75,23 +75,31 @@ inline void expand_pairs(const uint8_t* mask, const uint8_t* from, uint8_t* out)
   }
 }
 
-inline void expand_columns(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
-  if (!has_kept(w.pattern)) return expand(w, tile, block, k, columns, codes);
+inline void expand_kept(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
+  const int64_t mask_bytes = code_bytes(w.pattern, w.values, kTurnColumns), bytes = code_bytes(w.values, kTurnColumns);
   const uint8_t* mask = w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + code_bytes(w.pattern, w.values, k);
-  const int64_t chunk = (block * w.g.block_columns + k) / kTurnColumns, bytes = code_bytes(w.values, kTurnColumns);
-  for (int64_t c = 0; c < columns / kTurnColumns; ++c) {
-    if (w.pattern == Pattern::paired) expand_pairs(mask + c * kPairMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
-    else expand_chunk(w.values, mask + c * kMaskBytes, w.chunk(tile, chunk + c), codes + c * bytes);
+  const int64_t first = (block * w.g.block_columns + k) / kTurnColumns, last = w.g.chunks() - 1;
+  for (int64_t c = first; c < first + columns / kTurnColumns; ++c, mask += mask_bytes, codes += bytes) {
+    const uint8_t *from = w.chunk(tile, c), *next = w.chunk(tile, c < last ? c + 1 : last);
+    for (int64_t b = 0; b < mask_bytes; b += 64) prefetch(mask + b + kTurnsAhead);
+    for (int64_t b = 0; b < next - from && b < bytes; b += 64) prefetch(from + b + kTurnsAhead);
+    if (w.pattern == Pattern::paired) expand_pairs(mask, from, codes);
+    else expand_chunk(w.values, mask, from, codes);
   }
 }
 
-#else
+#endif
 
 inline void expand_columns(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t columns, uint8_t* codes) {
+#ifdef __AVX512VBMI2__
+  if (has_kept(w.pattern)) return expand_kept(w, tile, block, k, columns, codes);
+#endif
+#ifdef __AVX512BW__
+  if (w.pattern == Pattern::two_four && w.values != Values::bf16)
+    return expand_two_four(w.values, w.packed + tile * w.g.tile_bytes + block * w.g.block_bytes + code_bytes(w.pattern, w.values, k), columns, codes);
+#endif
   expand(w, tile, block, k, columns, codes);
 }
-
-#endif
 
 }  // namespace
 }  // namespace calora

@@ -22,8 +22,8 @@ Pass pass_of(int64_t m, int64_t i) {
   return {begin, begin + base + (i < longer ? 1 : 0)};
 }
 
-// Rows of the workspace of every pass; decoding may compute on rows beyond m.
-int64_t workspace_rows(int64_t m) { return m <= kDecodeRows ? kDecodeRows : row_panels(pass_of(m, 0).end).padded_rows(); }
+// Rows of the workspace of every pass.
+int64_t workspace_rows(int64_t m) { return row_panels(pass_of(m, 0).end).padded_rows(); }
 
 class Carver {  // cuts a workspace into 64-byte aligned arrays, or only counts
  public:
@@ -87,7 +87,7 @@ void linear_pass(const LinearArgs& a, ParallelFor parallel_for) {
   LinearTask task{&a, &k};
   const RowPanels p = row_panels(a.m);
   const int64_t row_work = a.w.in_features * (1 + a.bank.rank);
-  if (a.m > kDecodeRows) {
+  if (!k.decodes(a)) {
     parallel_for(0, p.panels, 1 + kForkWork / (1 + p.rows * row_work), prepare_panels, &task);
   } else if (a.m > 1) {
     parallel_for(0, a.m, 1 + kForkWork / (1 + row_work), prepare_rows, &task);
@@ -95,7 +95,7 @@ void linear_pass(const LinearArgs& a, ParallelFor parallel_for) {
     k.prepare(a, 0, a.m);
     if (a.bank.rank) parallel_for(0, a.bank.rank, 1 + kForkWork / (1 + a.w.in_features), down_ranks, &task);
   }
-  const int64_t units = p.blocks * a.w.g.tiles;
+  const int64_t units = (k.decodes(a) ? 1 : p.blocks) * a.w.g.tiles;
   parallel_for(0, units, stays(a, k) ? units : 1 + kForkWork / (1 + a.w.in_features * kTileRows), base_units, &task);
 }
 
@@ -122,15 +122,17 @@ void backward_pass(const BackwardArgs& a, ParallelFor parallel_for) {
 std::size_t plan(LinearArgs& a, uint8_t* workspace) {
   Carver carve(workspace);
   const Geometry& g = a.w.g;
-  const int64_t rows = workspace_rows(a.m);
-  const bool int8 = a.activations == Activations::int8;
+  LinearArgs pass = a;
+  pass.m = pass_of(a.m, 0).end;
+  const bool int8 = a.activations == Activations::int8, decodes = kernels().decodes(pass);
+  const int64_t rows = decodes ? round_up(pass.m, kDecodeRows) : workspace_rows(a.m);  // decoding may compute on rows beyond m
   a.xq = int8 ? carve.take<int8_t>(rows * g.columns) : nullptr;
   a.x_scale = int8 ? carve.take<float>(rows * g.blocks) : nullptr;
   a.x_sum = int8 ? carve.take<int32_t>(rows * g.blocks) : nullptr;
   a.xf = int8 ? nullptr : carve.take<float>(rows * g.columns);
-  a.xb = int8 || a.x_dtype != DType::bf16 || a.m > kDecodeRows ? nullptr : carve.take<uint16_t>(rows * g.columns);
+  a.xb = int8 || a.x_dtype != DType::bf16 || !decodes ? nullptr : carve.take<uint16_t>(rows * g.columns);
   a.t = a.bank.rank ? carve.take<float>(rows * a.bank.rank) : nullptr;
-  a.sums = a.bank.rank && a.m <= kDecodeRows ? carve.take<float>(a.m * g.tiles * kTileRows) : nullptr;
+  a.sums = a.bank.rank && decodes ? carve.take<float>(pass.m * g.tiles * kTileRows) : nullptr;
   return carve.used();
 }
 

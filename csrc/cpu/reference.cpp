@@ -268,6 +268,6 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 
 }  // namespace
 
-const Kernels kReference = {"reference", 0, prepare, bank_down, tiles, decode_rows, prepare_grad, backward_units, read};
+const Kernels kReference = {"reference", [](const LinearArgs& a) { return a.m <= kDecodeRows; }, 0, prepare, bank_down, tiles, decode_rows, prepare_grad, backward_units, read};
 
 }  // namespace calora

@@ -11,19 +11,57 @@
 namespace calora {
 namespace {
 
+// More rows are decoded eight at a time where a sparse tile is faster multiplied again, from L2, than expanded once for all rows: up
+// to how many. 2:4 has half the products of a dense weight then, and is faster at any M (benchmarks/NOTES.md).
+template <class V>
+int64_t most_decoded_rows([[maybe_unused]] const LinearArgs& a) {
+#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+  const Values values = a.w.values;
+  const bool integers = a.activations == Activations::int8 && (values == Values::int8 || values == Values::int4);
+  const bool bf16 = a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16;
+  if (a.w.pattern == Pattern::two_four && (integers || bf16)) return kMaxRows;
+  if (a.w.pattern == Pattern::bitmask && bf16) return 16;
+#endif
+  return kDecodeRows;
+}
+
+template <class V>
+bool decodes(const LinearArgs& a) { return a.m <= kDecodeRows || a.m <= most_decoded_rows<V>(a); }
+
 template <class V>
 void prepare_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
-  if (a.m > kDecodeRows) return prefill_prepare<V>(a, row_begin, row_end);
+  if (!decodes<V>(a)) return prefill_prepare<V>(a, row_begin, row_end);
   prepare<V>(a, row_begin, row_end);
   if (a.w.pattern == Pattern::two_four && a.activations == Activations::int8 && a.w.values != Values::nf4) offset_x(a, row_begin, row_end);
 }
 
 template <class V>
+void decode(const LinearArgs& a, int64_t begin, int64_t end) {
+  if (a.w.pattern == Pattern::dense) return decode_tiles<V>(a, begin, end);
+  decode_sparse<V>(a, begin, end);
+}
+
+// Rows [row, row + kDecodeRows) of a call, those that there are.
+LinearArgs rows_from(const LinearArgs& a, int64_t row) {
+  const Geometry& g = a.w.g;
+  const int64_t y_bytes = (a.x_dtype == DType::f32 ? 4 : 2) * a.w.out_features;
+  LinearArgs part = a;
+  part.m = a.m - row < kDecodeRows ? a.m - row : kDecodeRows;
+  part.y = static_cast<uint8_t*>(a.y) + row * y_bytes;
+  if (a.xq) part.xq += row * g.columns, part.x_scale += row * g.blocks, part.x_sum += row * g.blocks;
+  if (a.xf) part.xf += row * g.columns;
+  if (a.xb) part.xb += row * g.columns;
+  if (a.bank.rank) part.t += row * a.bank.rank, part.sums += row * g.tiles * kTileRows;
+  return part;
+}
+
+template <class V>
 void units(const LinearArgs& a, int64_t unit_begin, int64_t unit_end) {
-  if (a.m > kDecodeRows) gemm_units<V>(a, unit_begin, unit_end);
-  else if (a.w.pattern == Pattern::dense) decode_tiles<V>(a, unit_begin, unit_end);
-  else decode_sparse<V>(a, unit_begin, unit_end);
-  if (a.m <= kDecodeRows) bank_pass<V>(a, unit_begin, unit_end);
+  if (!decodes<V>(a)) return gemm_units<V>(a, unit_begin, unit_end);
+  if (a.m <= kDecodeRows) decode<V>(a, unit_begin, unit_end);
+  for (int64_t tile = unit_begin; a.m > kDecodeRows && tile < unit_end; ++tile)
+    for (int64_t row = 0; row < a.m; row += kDecodeRows) decode<V>(rows_from(a, row), tile, tile + 1);
+  for (int64_t row = 0; row < a.m; row += kDecodeRows) bank_pass<V>(rows_from(a, row), unit_begin, unit_end);
 }
 
 // Sparse weights are expanded a piece of a tile at a time: element by element, the reference counts the bits before each.
@@ -48,16 +86,17 @@ void decode_rows(const Weight& w, int64_t begin, int64_t end, float* out) {
     }
 }
 
-// Four streams with software prefetch: what one core needs to saturate its share of the memory bus.
+// Twelve streams, 256 bytes of each in turn, asked for 768 bytes ahead into L2: of what was tried the fastest way for one thread to
+// read memory in 4 KB pages (benchmarks/NOTES.md).
 template <class V>
 uint64_t read(const uint8_t* data, int64_t bytes) {
-  constexpr int kStreams = 4, kChunk = 256, kAhead = 1024;
+  constexpr int kStreams = 12, kChunk = 256, kAhead = 768;
   const int64_t part = bytes / kStreams / kChunk * kChunk;
   typename V::I all[4] = {V::izero(), V::izero(), V::izero(), V::izero()};
   for (int64_t at = 0; at < part; at += kChunk)
     for (int s = 0; s < kStreams; ++s) {
       const uint8_t* p = data + s * part + at;
-      for (int i = 0; i < kChunk; i += 64) _mm_prefetch(reinterpret_cast<const char*>(p + kAhead + i), _MM_HINT_T0);
+      for (int i = 0; i < kChunk; i += 64) prefetch(p + kAhead + i);
 #pragma GCC unroll 8
       for (int i = 0; i < kChunk / V::kBytes; ++i) all[i % 4] = V::ixor(all[i % 4], V::iload(p + i * V::kBytes));
     }
@@ -73,7 +112,7 @@ constexpr int64_t kForkBytes = 416 * 1024;
 // consteval: a table built at load would run code of this instruction set on processors that lack it.
 template <class V>
 consteval Kernels rung(const char* isa) {
-  return {isa, kForkBytes, prepare_x<V>, bank_down<V>, units<V>, decode_rows<V>, prepare_grad<V>, backward_units<V>, read<V>};
+  return {isa, decodes<V>, kForkBytes, prepare_x<V>, bank_down<V>, units<V>, decode_rows<V>, prepare_grad<V>, backward_units<V>, read<V>};
 }
 
 }  // namespace
