@@ -41,7 +41,7 @@ def start(folder: Path, pattern: str, mutations: dict[str, tuple[str, str]] | No
     bugs; such a build has no fp16, which halves the time it takes."""
     shutil.copytree(ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
     shutil.copy(ROOT / "csrc" / "layouts.h", folder / "csrc")
-    without_f16 = ("linear.cuh", ("case Dtype::f16: return by_values<P, Most, F16>(a, stream);", ""))
+    without_f16 = ("linear.cuh", ("case Dtype::f16: return by_values<P, F16>(a, stream);", ""))
     for name, (text, replacement) in (*mutations.items(), without_f16) if mutations else ():
         path = folder / "csrc" / "cuda" / name
         code = path.read_text()
