@@ -83,8 +83,16 @@ def test_timing_on_a_pretended_gpu(monkeypatch):
         assert hasattr(torch.cuda, name)
         monkeypatch.setattr(torch.cuda, name, fake)
     seconds = gpu_speed.timed([lambda: log.append("call")] * 3, rounds=5)
-    assert log.count("call") == 2 * 33 and log.count("replay") == 8 and log.count("wait") == 2
+    assert log.count("call") == 4 * 3 + 2 * 33 and log.count("replay") == 8 and log.count("wait") == 2
     assert seconds == pytest.approx(0.064 / 33)
+
+    def long() -> None:  # of 1 ms: its graph needs no company, and ten rounds will do
+        log.append("long")
+        now[0] += 1.0
+
+    log.clear()
+    assert gpu_speed.timed([long] * 3) == pytest.approx(0.064 / 3)
+    assert log.count("long") == 4 * 3 + 2 * 3 and log.count("replay") == 13
 
 
 def test_peers_that_are_there_are_timed_and_others_named(monkeypatch, capsys):
