@@ -325,6 +325,85 @@ def test_nothing_to_resume_starts_afresh(tmp_path):
     assert state["step"] == 2 and len(state["history"]) == 2
 
 
+# -- the best step ---------------------------------------------------------------------------------------------------------
+
+
+HELD_OUT = [text_of(60, seed=3)]
+
+
+def keeping(steps, **options):
+    plain = {"lr_scheduler_type": "constant", "per_device_train_batch_size": 2, "disable_tqdm": True, "warmup_steps": 0}
+    return Settings(max_steps=steps, **{"learning_rate": 2e-2, "load_best_model_at_end": True, "eval_steps": 1, **plain, **options})
+
+
+def test_the_step_with_the_lowest_held_out_loss_is_kept():
+    model = compress(make_llama())
+    result = run(model, args=keeping(12), eval_data=HELD_OUT)
+    measured = [result.eval_before["loss"], *(row["eval_loss"] for row in result.history)]
+    assert 0 < result.kept_step < 12 and len(measured) == 13  # it learns first, then learns by heart
+    assert result.kept_step == measured.index(min(measured)) and result.eval_after["loss"] == pytest.approx(min(measured), rel=1e-6)
+    assert f"step {result.kept_step}" in str(result)
+    shorter = compress(make_llama())
+    last = run(shorter, args=keeping(result.kept_step, load_best_model_at_end=False))  # a constant rate: the same steps
+    assert last.kept_step is None and "eval_loss" not in last.history[0]
+    assert all(torch.equal(a, b) for a, b in zip(factors(model), factors(shorter), strict=True))
+
+
+def test_training_that_only_harms_leaves_the_adapter_as_it_was(tmp_path):
+    make_lora(tmp_path / "lora", make_llama())
+    model, inherited, ids = compress(make_llama()), compress(make_llama()), torch.arange(4, 20)[None]
+    cx.load_adapter(inherited, tmp_path / "lora", "default")
+    cx.set_adapter(inherited, "default")
+    other = ["yes no question answer " * 20]  # words that the training data lacks
+    result = run(model, inherit=tmp_path / "lora", recovery=None, args=keeping(3), data=["a b c d " * 80], eval_data=other)
+    assert all(row["eval_loss"] > result.eval_before["loss"] for row in result.history)
+    assert result.kept_step == 0 and result.eval_after == result.eval_before
+    assert torch.equal(model(ids).logits, inherited(ids).logits)
+
+
+def test_a_resumed_run_keeps_the_same_step(tmp_path, monkeypatch):
+    options = {"eval_data": HELD_OUT}
+    whole, broken = compress(make_llama()), compress(make_llama())
+    want = run(whole, args=keeping(12), **options)
+    checkpoints = {"output_dir": str(tmp_path), "save_steps": want.kept_step + 2}
+    save = checkpoint.save
+
+    def save_and_die(*rest):
+        save(*rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save", save_and_die)  # after the best step
+    with pytest.raises(KeyboardInterrupt):
+        run(broken, args=keeping(12, **checkpoints), **options)
+    monkeypatch.undo()
+    got = run(broken, args=keeping(12, **checkpoints, resume_from_checkpoint=True), **options)
+    assert got.resumed_at == want.kept_step + 2 and got.kept_step == want.kept_step and got.history == want.history
+    assert all(torch.equal(a, b) for a, b in zip(factors(whole), factors(broken), strict=True))
+    for path in checkpoint.found_in(tmp_path):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "best"}))
+    cx.delete_adapter(broken, "default")
+    with pytest.raises(CaloraError, match="holds no best step"):
+        run(broken, args=keeping(12, **checkpoints, resume_from_checkpoint=True), **options)
+
+
+def test_keeping_the_best_refuses_what_it_cannot_do(tmp_path):
+    model = compress(make_llama())
+    with pytest.raises(CaloraError, match="needs eval_data"):
+        run(model, args=keeping(2))
+    with pytest.raises(CaloraError, match="load_best_model_at_end"):
+        cx.sparse_adapt(model, data=TEXTS, tokenizer=make_tokenizer(), sparsity=0.5, args=keeping(2))
+    with pytest.raises(CaloraError, match="eval_steps"):
+        keeping(2, eval_steps=0)
+    same = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 4, "eval_steps": 2}
+    got = Settings.of(arguments(tmp_path, **same))
+    assert got.load_best_model_at_end and got.eval_steps == 2
+    with pytest.raises(CaloraError, match="metric_for_best_model"):
+        Settings.of(arguments(tmp_path, **same, metric_for_best_model="accuracy"))
+    with pytest.raises(CaloraError, match="eval_strategy"):
+        Settings.of(arguments(tmp_path, load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch"))
+
+
 # -- settings -------------------------------------------------------------------------------------------------------------
 
 

@@ -268,6 +268,13 @@ def test_adapt(calora, world, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "result.json"]  # no checkpoints left behind
 
 
+def test_adapt_keeps_the_best_step(calora, world, tmp_path):
+    command = ("adapt", world / "small", "--inherit", world / "lora", "--data", world / "train.txt", "--eval-data", world / "test.txt", "--no-recovery",
+               "-o", tmp_path / "a", "--steps", 4, "--lr", 5, "--batch-size", 2, "--max-length", 32, "--keep-best")  # fmt: skip
+    done = calora(*command)  # at this rate nothing gets better
+    assert done.json["kept_step"] == 0 and done.json["eval_after"] == done.json["eval_before"] and "step 0" in done.out
+
+
 def loss_with(calora, world, adapter):
     return calora("eval", world / "small", "--data", world / "test.txt", "--adapter", adapter, "--max-length", 32).json["loss"]
 
@@ -326,6 +333,7 @@ def test_arms_of_adapt(calora, world, tmp_path, options, arm):
         (["--recovery-init", "residual"], ["teacher"]),
         (["--recovery-dtype", "int4"], ["int4", "int8"]),
         (["--recovery-dtype", "int8", "--no-recovery"], ["--no-recovery"]),
+        (["--keep-best"], ["--keep-best", "--eval-data"]),
     ],
 )
 def test_adapt_refuses(calora, world, tmp_path, options, words):

@@ -33,7 +33,7 @@ def stored_with(ours, accuracy=0.88):
     runs = [run_of(DENSE, "inherited", 0, None, 1, 0.35), *seeds(DENSE, "i", 0.3), run_of(INT4, "inherited", 0, None, 1, 0.4, 0.85)]
     runs += [*seeds(INT4, "i", 0.37, 0.86), *seeds(INT4, "i-big", 0.36, 0.87), *seeds(INT4, "i-rc-d", ours, accuracy)]
     plan = {
-        "source": "a model", "task": "sequence-classification", "steps": 9, "lora_steps": 9, "batch_size": 2, "learning_rates": [1e-3],
+        "source": "a model", "task": "sequence-classification", "steps": 9, "keep": "best", "lora_steps": 9, "batch_size": 2, "learning_rates": [1e-3],
         "train": 1, "valid": 1, "test": 1,
     }  # fmt: skip
     return {"plan": plan, "runs": runs}

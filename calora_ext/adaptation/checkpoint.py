@@ -20,28 +20,41 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import CaloraError
 from ..io.files import read_json, save_tensors
+from .best import Best
 
-_STATE, _TRAINED, _OPTIMIZER = "state.json", "trained.safetensors", "optimizer.safetensors"
+_STATE, _TRAINED, _OPTIMIZER, _BEST = "state.json", "trained.safetensors", "optimizer.safetensors", "best.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass
 class Checkpoint:
-    """A run after ``step`` optimiser steps. run: what must be equal to go on. history: one row per step."""
+    """A run after ``step`` optimiser steps. run: what must be equal to go on. history: one row per step. best: its step, loss and
+    parameters, of a run that keeps the best."""
 
     step: int
     run: dict
     history: list[dict]
     trained: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    best: tuple[int, float, dict[str, Tensor]] | None = None
 
 
 def save(
-    directory: Path, step: int, run: dict, history: list[dict], parameters: dict[str, nn.Parameter], optimizer, keep: int | None
+    directory: Path,
+    step: int,
+    run: dict,
+    history: list[dict],
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int | None,
+    best: Best | None = None,
 ) -> Path:
     """Write directory/checkpoint-STEP: beside first, then renamed. Of others the newest keep - 1 stay."""
     target = directory / f"checkpoint-{step}"
-    write(target, {"step": step, "run": run, "history": history}, snapshot(parameters, optimizer))
+    state, files = {"step": step, "run": run, "history": history}, snapshot(parameters, optimizer)
+    if best is not None:
+        state, files = state | {"best": {"step": best.step, "loss": best.loss}}, files | {_BEST: best.tensors}
+    write(target, state, files)
     # The newest by time: a directory may hold later steps of an earlier run.
     others = sorted((p for p in found_in(directory) if p != target), key=lambda p: (p / _STATE).stat().st_mtime_ns)
     for old in [] if keep is None else others[: len(others) - max(1, keep) + 1]:
@@ -104,7 +117,15 @@ def load(path: Path, run: dict, parameters: dict[str, nn.Parameter]) -> Checkpoi
     with_state = {k.rpartition("/")[0] for k in optimizer}  # none for an optimiser without any
     if {name: t.shape for name, t in trained.items()} != shapes or (with_state and with_state != shapes.keys()):
         raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
-    return Checkpoint(state["step"], state["run"], state["history"], trained, optimizer)
+    best = None
+    if "best" in state:
+        try:
+            best = int(state["best"]["step"]), float(state["best"]["loss"]), tensors_in(path, _BEST)
+        except (TypeError, KeyError, ValueError) as error:
+            raise CaloraError(f"{path / _STATE} is damaged; use an earlier checkpoint or start afresh") from error
+        if {name: t.shape for name, t in best[2].items()} != shapes:
+            raise CaloraError(f"{path} holds other parameters than this model trains; resume with the same model and adapter")
+    return Checkpoint(state["step"], state["run"], state["history"], trained, optimizer, best)
 
 
 def read(path: Path, run: dict, needed: set[str]) -> dict:

@@ -17,6 +17,7 @@ from .. import heap
 from ..errors import CaloraError
 from ..io.batches import Sample, collate
 from . import checkpoint
+from .best import Best
 from .objective import Objective
 from .settings import Settings
 from .teacher import Teacher
@@ -65,9 +66,11 @@ def train(
     run: dict,
     skip: int = 0,
     title: str = "adapt",
+    best: Best | None = None,
 ) -> Trained:
     """Train the parameters (fp32) of a model in train mode. run: facts that a checkpoint must share to be resumed.
     skip: samples of the data order that an earlier run took. title: of the progress bar.
+    best: keeps the parameters with the lowest held-out loss, which the model has afterwards; its measurements are "eval_loss" in the history.
 
     Raises CaloraError when the loss is no longer finite.
     """
@@ -82,9 +85,16 @@ def train(
     if path := checkpoint.newest(settings.resume_from_checkpoint, settings.output_dir):
         saved = checkpoint.load(path, run, parameters)
         checkpoint.restore(saved, parameters, optimizer)
+        if best is not None:
+            if saved.best is None:
+                raise CaloraError(f"{path} holds no best step: that run did not ask for one; leave load_best_model_at_end out or start afresh")
+            best.step, best.loss, best.tensors = saved.best
         history, start = saved.history, saved.step
         log.info("resumed from %s", path)
+    elif best is not None:
+        best.offer(0, parameters)
     save_every = settings.save_every(steps) if settings.output_dir else 0
+    eval_every = settings.eval_every(steps) if best is not None else 0
     began, tokens = time.monotonic(), 0
     bar = tqdm(total=steps, initial=start, unit="step", desc=title, disable=settings.disable_tqdm, dynamic_ncols=True)
     with bar, torch.random.fork_rng(enabled=True):
@@ -101,10 +111,14 @@ def train(
             tokens += sum(len(s["input_ids"]) for s in picked)
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
             bar.update()
+            if eval_every and ((step + 1) % eval_every == 0 or step + 1 == steps):
+                history[-1]["eval_loss"] = best.offer(step + 1, parameters)
             if save_every and ((step + 1) % save_every == 0 or step + 1 == steps):
                 checkpoint.save(
-                    Path(settings.output_dir), step + 1, run, history, parameters, optimizer, settings.save_total_limit
+                    Path(settings.output_dir), step + 1, run, history, parameters, optimizer, settings.save_total_limit, best
                 )
+    if best is not None:
+        best.put_back(parameters)
     return Trained(history, time.monotonic() - began, tokens, start)
 
 

@@ -10,8 +10,9 @@ class AdaptResult:
     """adapter_name: where the trained adapter is resident. arm: published shorthand, e.g. "i-rc-d" (inherited, recovery, distilled).
 
     history: one row per optimiser step. eval_before, eval_after: {"loss", and for classification "accuracy"} on eval_data, with
-    the adapter at step 0 and at the end; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
+    the adapter at step 0 and as it was kept; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
     run: every setting, and hashes of what went in. peak_rss_bytes: of the whole process so far. resumed_at: the step of the checkpoint it went on from.
+    kept_step: the step whose parameters were kept for their loss on eval_data; None if that was not asked for (the last one was).
     """
 
     adapter_name: str
@@ -30,6 +31,7 @@ class AdaptResult:
     peak_rss_bytes: int
     resumed_at: int
     run: dict = field(repr=False)
+    kept_step: int | None = None
 
     @property
     def losses(self) -> list[float]:
@@ -44,6 +46,8 @@ class AdaptResult:
             first, last = self.history[0], self.history[-1]
             terms = ", ".join(f"{k} {last[k]:.4f}" for k in ("task", "hidden", "logits") if k in last)
             rows.append(("loss", f"{first['loss']:.4f} -> {last['loss']:.4f} ({terms}) in {self.steps} steps"))
+        if self.kept_step is not None:
+            rows.append(("kept", f"step {self.kept_step}, the lowest held-out loss"))
         for name in self.eval_after or ():
             rows.append((f"held-out {name}", f"{self.eval_before[name]:.4f} -> {self.eval_after[name]:.4f}"))
         counts = ", ".join(f"{k} {n:,}" for k, n in self.parameters.items() if n)

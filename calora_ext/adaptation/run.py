@@ -13,11 +13,13 @@ from torch import nn
 
 from .. import heap
 from ..adapters import active_adapters, delete_adapter, set_adapter
+from ..errors import CaloraError
 from ..evaluate import accuracy, context_of, mean_loss, pad_id_of, window_of
 from ..io.batches import Sample, task_name, tokenize
 from ..io.data import read_records
 from . import cache, student
 from .arm import Arm
+from .best import Best
 from .config import Distill, Lora, Recovery
 from .loop import train
 from .objective import Objective
@@ -33,6 +35,8 @@ NOT_OF_THE_RUN = (
     "resume_from_checkpoint",
     "disable_tqdm",
     "per_device_eval_batch_size",
+    "load_best_model_at_end",
+    "eval_steps",
 )
 
 
@@ -68,11 +72,13 @@ def adapt(
     recovery: None for none. distill: None for the task's loss alone.
     data, eval_data: a file or rows (``io.data.read_records``); *_column: its columns. task: causal-lm, seq2seq-lm or
     sequence-classification, whose head is trained in full with the adapter, as PEFT's SEQ_CLS does.
-    args: ``Settings`` or transformers.TrainingArguments. max_length: tokens per sample, default the model's context but at most 512.
+    args: ``Settings`` or transformers.TrainingArguments; load_best_model_at_end keeps the step with the lowest loss on eval_data. max_length: tokens per sample, default the model's context but at most 512.
 
     Raises CaloraError, leaving the model as it was, for input that does not fit together.
     """
     task, settings = task_name(task), Settings.of(args)
+    if settings.load_best_model_at_end and eval_data is None:
+        raise CaloraError("load_best_model_at_end needs eval_data, on which the best step is chosen")
     arm = Arm(model, adapter_name, task, teacher, teacher_cache, inherit, lora, recovery, distill)
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     length = training_length(model, max_length)
@@ -86,9 +92,10 @@ def adapt(
         arm.attach(settings.seed)
         try:
             before = evaluate(model, held_out, task, pad_id, settings)
+            best = _best(model, held_out, task, pad_id, settings) if settings.load_best_model_at_end else None
             arm.start(samples, settings.seed, trained=settings.steps(len(samples)) > 0)
             with arm.training() as parameters, checkpointed(model, settings):
-                trained = train(model, parameters, samples, Objective(task, arm.distill), source, settings, pad_id, run)
+                trained = train(model, parameters, samples, Objective(task, arm.distill), source, settings, pad_id, run, best=best)
             after = evaluate(model, held_out, task, pad_id, settings)
         except BaseException:
             delete_adapter(model, adapter_name)
@@ -99,6 +106,7 @@ def adapt(
     return AdaptResult(
         adapter_name, arm.name, task, said, length, len(trained.history), trained.history, before, after,
         counts, 4 * sum(counts.values()), trained.seconds, trained.tokens / max(trained.seconds, 1e-9), peak_rss(), trained.resumed_at, run,
+        None if best is None else best.step,
     )  # fmt: skip
 
 
@@ -157,6 +165,10 @@ def checkpointed(model: nn.Module, settings: Settings) -> ExitStack:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         stack.callback(model.activation_checkpointing_disable)
     return stack
+
+
+def _best(model, samples, task, pad_id, settings) -> Best:
+    return Best(lambda: mean_loss(model, samples, task, pad_id, settings.per_device_eval_batch_size))
 
 
 def evaluate(model, samples, task, pad_id, settings) -> dict | None:

@@ -11,7 +11,8 @@ from ..errors import CaloraError
 _WITHOUT_EFFECT = {
     "do_train", "do_eval", "do_predict", "logging_strategy", "logging_steps", "logging_first_step", "logging_dir",
     "log_level", "log_level_replica", "log_on_each_node", "logging_nan_inf_filter", "report_to", "run_name", "project",
-    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "prediction_loss_only", "disable_tqdm", "use_cpu",
+    "eval_strategy", "eval_delay", "eval_on_start",
+    "metric_for_best_model", "greater_is_better", "prediction_loss_only", "disable_tqdm", "use_cpu",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "remove_unused_columns", "skip_memory_metrics", "save_strategy", "include_num_input_tokens_seen", "local_rank",
     "trackio_space_id", "average_tokens_across_devices", "ddp_timeout", "ddp_broadcast_buffers", "optim",
@@ -26,7 +27,8 @@ class Settings:
     max_steps: optimiser steps; -1 takes num_train_epochs passes over the data. lr_scheduler_type: linear, cosine, constant,
     constant_with_warmup, or noam (BMTrain's: lr / sqrt(warmup) * t / warmup, then lr / sqrt(t)). warmup_steps: a number below
     1 is a share of all steps. save_steps: a checkpoint every so many steps into output_dir (0: none; below 1: a share).
-    resume_from_checkpoint: True (the newest in output_dir, if any) or a checkpoint's directory. disable_tqdm: None shows the
+    resume_from_checkpoint: True (the newest in output_dir, if any) or a checkpoint's directory. load_best_model_at_end: keep the step with the lowest loss on eval_data, measured before the first
+    step, every eval_steps (below 1: a share of all steps) and after the last, instead of the last one. disable_tqdm: None shows the
     progress bar on terminals only.
     """
 
@@ -51,6 +53,8 @@ class Settings:
     save_steps: float = 0
     save_total_limit: int | None = None
     resume_from_checkpoint: str | bool | None = None
+    load_best_model_at_end: bool = False
+    eval_steps: float = 0.1
     disable_tqdm: bool | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +67,8 @@ class Settings:
                 raise CaloraError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise CaloraError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.load_best_model_at_end and not self.eval_steps > 0:
+            raise CaloraError(f"load_best_model_at_end needs eval_steps above 0, got {self.eval_steps}")
         if self.max_steps < 0 and not self.num_train_epochs > 0:
             raise CaloraError(f"num_train_epochs must be positive, got {self.num_train_epochs}")
         if self.lr_scheduler_type not in _SCHEDULES:
@@ -97,6 +103,15 @@ class Settings:
         if str(getattr(args.optim, "value", args.optim)) not in _OPTIMIZERS:
             raise CaloraError(f"optim={args.optim} is not supported; the optimiser is AdamW ({' or '.join(_OPTIMIZERS)})")
         values = {name: getattr(args, name) for name in ours}
+        if args.load_best_model_at_end:
+            how = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+            if how != "steps" or args.metric_for_best_model not in (None, "loss", "eval_loss"):
+                raise CaloraError(
+                    f"load_best_model_at_end keeps the lowest loss every eval_steps; got eval_strategy={how!r}, metric_for_best_model="
+                    f"{args.metric_for_best_model!r}; pass eval_strategy='steps' and leave the metric out"
+                )
+        else:
+            del values["eval_steps"]
         values["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
         values["gradient_checkpointing"] = bool(args.gradient_checkpointing)
         values["disable_tqdm"] = args.disable_tqdm or None
@@ -114,12 +129,21 @@ class Settings:
 
     def save_every(self, steps: int) -> int:
         """Steps between checkpoints, 0 for none."""
-        return math.ceil(self.save_steps * steps) if 0 < self.save_steps < 1 else int(self.save_steps)
+        return _steps_of(self.save_steps, steps)
+
+    def eval_every(self, steps: int) -> int:
+        """Steps between measurements on held-out data, where the best is kept."""
+        return _steps_of(self.eval_steps, steps)
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of step 0..steps-1."""
         warmup = math.ceil(self.warmup_steps * steps) if self.warmup_steps < 1 else int(self.warmup_steps)
         return self.learning_rate * _SCHEDULES[self.lr_scheduler_type](step, warmup, steps)
+
+
+def _steps_of(number: float, steps: int) -> int:
+    """A number of steps, or a share of all."""
+    return math.ceil(number * steps) if 0 < number < 1 else int(number)
 
 
 def _warm(then):

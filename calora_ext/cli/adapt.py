@@ -65,6 +65,9 @@ def adapt(
     max_length: MaxLength = None,
     seed: Annotated[int | None, typer.Option(help="Of every random draw.  [default: 42]")] = None,
     eval_data: Annotated[Path | None, typer.Option(metavar="FILE", help="Held-out data, measured before and after.")] = None,
+    keep_best: Annotated[
+        bool, typer.Option("--keep-best", help="Keep the step with the lowest loss on --eval-data, the start included, instead of the last.")
+    ] = False,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
@@ -77,6 +80,8 @@ def adapt(
 ) -> None:
     """Train an adapter on a compressed model: inherited LoRA, recovery modules, distillation from the dense model."""
     saved_in = _dtype(recovery_dtype, recovery)
+    if keep_best and eval_data is None:
+        raise CaloraError("--keep-best needs --eval-data, on which the best step is chosen")
     inputs = (model, data, teacher, inherit, eval_data, cache_teacher)
     with output_directory(output, overwrite, keep=[p for p in inputs if p]) as directory:
         from .. import adapt as train
@@ -88,7 +93,7 @@ def adapt(
         arguments = _arguments(
             teacher is not None or cache_teacher is not None, inherit, init, lora_rank, recovery_rank, recovery_init, recovery, distill, preset
         )
-        arguments["args"] = _settings(arguments.get("args"), steps, lr, batch_size, seed, checkpoints, resume)
+        arguments["args"] = _settings(arguments.get("args"), steps, lr, batch_size, seed, keep_best, checkpoints, resume)
         arguments["task"] = task or arguments.get("task", "causal-lm")
         samples = {"data": data, "max_length": max_length, "text_column": text_column, "pair_column": pair_column, "label_column": label_column}
         distilled = arguments.get("distill", True) is not None
@@ -161,14 +166,14 @@ def distillation(text: str, logits: float):
     return Distill(hidden={-1: 0.05} if "hidden" in wanted else {}, logits=logits if "logits" in wanted else 0.0)
 
 
-def _settings(base, steps, lr, batch_size, seed, checkpoints: Path, resume: bool):
+def _settings(base, steps, lr, batch_size, seed, keep_best: bool, checkpoints: Path, resume: bool):
     """The optimiser's settings: a preset's or the defaults, with what was given on the command line."""
     from ..adaptation import Settings
 
     given = {"max_steps": steps, "learning_rate": lr, "per_device_train_batch_size": batch_size, "seed": seed}
     return dataclasses.replace(
         base or Settings(), **{name: value for name, value in given.items() if value is not None},
-        output_dir=str(checkpoints), save_steps=0.1, save_total_limit=1, resume_from_checkpoint=resume or None,
+        load_best_model_at_end=keep_best, output_dir=str(checkpoints), save_steps=0.1, save_total_limit=1, resume_from_checkpoint=resume or None,
     )  # fmt: skip
 
 
@@ -176,6 +181,8 @@ def _rows(result) -> list[tuple]:
     rows: list[tuple] = [("data", result.data), ("steps", result.steps)]
     if result.history:
         rows.append(("training loss", f"{result.history[0]['loss']:.4f} -> {result.history[-1]['loss']:.4f}"))
+    if result.kept_step is not None:
+        rows.append(("kept", f"step {result.kept_step}"))
     for name in result.eval_after or ():
         rows.append((f"held-out {name}", f"{result.eval_before[name]:.4f} -> {result.eval_after[name]:.4f}"))
     rows += [(f"{kind} parameters", f"{count:,}") for kind, count in result.parameters.items() if count]

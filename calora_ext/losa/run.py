@@ -85,6 +85,8 @@ def sparse_adapt(
     """
     began = time.monotonic()
     settings, task = Settings.of(args), task_name(task)
+    if settings.load_best_model_at_end:
+        raise CaloraError("sparse_adapt keeps its last step, the one at the asked sparsity; leave load_best_model_at_end out")
     recipe = _recipe(sparsity, recipe, on_grid)
     prunings = default_prunings(recipe.sparsity) if prunings is None else prunings
     init = default_init(recipe.pruner) if init is None else init
