@@ -10,15 +10,19 @@
 #include <sys/mman.h>
 #endif
 
+#include <time.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cpu/expand.h"
+#include "cpu/forks.h"
 #include "kernels.h"
 
 namespace calora {
@@ -29,12 +33,29 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxFeatures = 131072;  // an int32 sum of 127 * 127 products still fits
 
+int64_t clock_ns(clockid_t clock) {
+  timespec t;
+  clock_gettime(clock, &t);
+  return t.tv_sec * int64_t{1'000'000'000} + t.tv_nsec;
+}
+
 void parallel_for(int64_t begin, int64_t end, int64_t grain, Body body, void* context) {
-  if (end - begin <= grain) {
-    if (begin < end) body(context, begin, end);
-    return;
-  }
-  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) { body(context, b, e); });
+  static Forks forks;  // of the process, as torch's pool is
+  if (begin >= end) return;
+  if (end - begin <= grain) return body(context, begin, end);
+  const int64_t start = clock_ns(CLOCK_MONOTONIC);
+  if (!forks.pay(start)) return body(context, begin, end);
+  const bool watch = forks.watch();
+  const auto caller = std::this_thread::get_id();
+  int64_t worked = -1;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    if (!watch || std::this_thread::get_id() != caller) return body(context, b, e);
+    const int64_t before = clock_ns(CLOCK_THREAD_CPUTIME_ID);
+    body(context, b, e);
+    worked = clock_ns(CLOCK_THREAD_CPUTIME_ID) - before;  // torch gives a thread one share
+  });
+  const int64_t finish = clock_ns(CLOCK_MONOTONIC);
+  forks.ended(finish, torch::stable::get_num_threads(), finish - start, worked);
 }
 
 DType dtype_of(const Tensor& t, const char* what) {
