@@ -12,7 +12,7 @@ from torch import Tensor
 
 from calora_ext import WeightFormat, ops
 
-SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("nf4", 64), WeightFormat("int8"), WeightFormat("bf16"),
+SPEED_FORMATS = [WeightFormat("int4", 128), WeightFormat("int4", 64), WeightFormat("nf4", 64), WeightFormat("int8"), WeightFormat("bf16"),
                  *(WeightFormat(*values, pattern=pattern) for pattern in ("2:4", "unstructured") for values in (("int4", 128), ("bf16",)))]  # fmt: skip
 INT4, BANK, BY_ROW = "int4 g128", "int4 g128 + LoRA 16 + recovery 64", "int4 g128, 8 banks for 8 rows"
 CUBLAS, PEFT = "cuBLAS bf16", "cuBLAS bf16 + LoRA as PEFT computes it"
@@ -28,6 +28,10 @@ def random_weight(fmt: WeightFormat, in_: int, out: int, device: str) -> list[Te
     speed, but zeros would take less power than weights do. The bits and offsets of an unstructured weight are true, half of them set."""
     shapes = fmt.tensors(in_, out)
     tensors = {name: torch.empty(torch.Size(shape).numel(), dtype=torch.uint8, device=device).random_().view(shape) for name, shape in shapes.items()}
+    if fmt.pattern == "2:4":  # only some numbers of four bits stand for places, see api.h
+        numbers = torch.tensor((0, 1, 4, 5, 7, 13, 0, 1, 4, 5, 7, 13, 0, 1, 4, 5), dtype=torch.uint8, device=device)
+        packed = tensors["packed"].int()
+        tensors["packed"] = numbers[packed & 15] | numbers[packed >> 4] << 4
     if fmt.pattern == "unstructured":
         g = fmt.geometry(in_, out)
         words = tensors["packed"].view(g.tiles, g.blocks, g.block_bytes)[..., : g.code_bytes].reshape(-1, 128)

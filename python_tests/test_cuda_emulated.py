@@ -24,12 +24,13 @@ pytestmark = pytest.mark.skipif(cuda_emulation.COMPILER is None, reason="no C++ 
 
 FORMATS = [WeightFormat("int4", 32), WeightFormat("int4", 64), WeightFormat("int4", 96), WeightFormat("int4", 128), WeightFormat("int4", -1),
            WeightFormat("int4", 64, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
-           WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
+           WeightFormat("int4", 32, pattern="2:4"), WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"),
            WeightFormat("int8", pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
            WeightFormat("int4", 32, pattern="unstructured"), WeightFormat("int4", 96, pattern="unstructured"),
            WeightFormat("int4", 128, pattern="unstructured"), WeightFormat("int8", pattern="unstructured"),
            WeightFormat("bf16", pattern="unstructured"),
-           WeightFormat("nf4", 64), WeightFormat("nf4", -1), WeightFormat("nf4", 96, pattern="2:4"), WeightFormat("nf4", 96, pattern="unstructured")]  # fmt: skip
+           WeightFormat("nf4", 64), WeightFormat("nf4", -1), WeightFormat("nf4", 64, pattern="2:4"), WeightFormat("nf4", 96, pattern="2:4"),
+           WeightFormat("nf4", 96, pattern="unstructured")]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16]
 BOOK_ROUNDING = {torch.bfloat16: 9.5e-4, torch.float16: 1e-4}  # of normal weights, relative
 # (m, in, out, rank, identity_rank): every width of the mma, ragged rows and columns, warps without work, rings that go round
@@ -37,7 +38,7 @@ CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 3
          (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
 # What planted bugs are looked for in.
 FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 128), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
-                   WeightFormat("int4", 96, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
+                   WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),
                    *(WeightFormat("nf4", 96, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")),
                    *(WeightFormat(values, 96, pattern="unstructured") for values in ("int4", "int8", "bf16"))]  # fmt: skip
 # Rows so long that every warp looks up where its chunks lie more than once.
@@ -75,11 +76,15 @@ BUGS = {
     "decoded before the kernel in front has ended": {"decode.cuh": ("  wait_for_previous();\n", "")},
     "x copied before the kernel in front has ended": {"bank.cu": ("  wait_for_previous();\n  for (int64_t i = threadIdx.x", "  for (int64_t i = threadIdx.x")},
     "decoded columns": {"decode.cuh": ("i >> 2, i >> 1 & 1, i & 1", "i >> 2, i & 1, i >> 1 & 1")},
-    "2:4: places as they are": {"two_four.cu": ("= ordered(t ? places.y : places.x)", "= t ? places.y : places.x")},
-    "2:4: a lone weight in the last place": {"two_four.cu": ("& places >> 3 & 0x11111111)", "& places >> 3 & 0x44444444)")},
-    "2:4: places of the other turn": {"two_four.cu": ("ordered(t ? places.y : places.x)", "ordered(t ? places.x : places.y)")},
-    "2:4: places of the other half": {"two_four.cu": ("mma_sparse<T, 0>(d[0][n], low, x, guide);\n        mma_sparse<T, 1>", "mma_sparse<T, 1>(d[0][n], low, x, guide);\n        mma_sparse<T, 0>")},
-    "2:4: rows of the other half": {"two_four.cu": ("Value::fragment(words, 0, t, low);\n      Value::fragment(words, 1, t, high)", "Value::fragment(words, 1, t, low);\n      Value::fragment(words, 0, t, high)")},
+    "2:4: numbers taken for places": {"two_four.cu": ("= guide_of(t ? numbers.y : numbers.x)", "= t ? numbers.y : numbers.x")},
+    "2:4: another function of the numbers": {"two_four.cu": ("& 0x66666666", "& 0x22222222")},
+    "2:4: places of the other turn": {"two_four.cu": ("guide_of(t ? numbers.y : numbers.x)", "guide_of(t ? numbers.x : numbers.y)")},
+    "2:4: places of the other half": {"two_four.cu": ("mma_sparse<T, 0>(d[0][n], low, x, guide);\n          mma_sparse<T, 1>", "mma_sparse<T, 1>(d[0][n], low, x, guide);\n          mma_sparse<T, 0>")},
+    "2:4: rows of the other half": {"two_four.cu": ("Value::fragment(words, 0, t, low);\n        Value::fragment(words, 1, t, high)", "Value::fragment(words, 1, t, low);\n        Value::fragment(words, 0, t, high)")},
+    "2:4: x of the first pair twice": {"two_four.cu": ("((2 * pair + t) * NB + n) * 512", "(t * NB + n) * 512")},
+    "2:4: the second pair where the first begins": {"two_four.cu": ("stage + (pair * kPair + v * 512 + lane * 16)", "stage + (v * 512 + lane * 16)")},
+    "2:4: a third of the unit not copied": {"two_four.cu": ("v < kUnitBytes / 512; ++v", "v < kUnitBytes / 512 - 1; ++v")},
+    "2:4: a pair that is one turn copied whole": {"two_four.cu": ("turns == 2 * pair + 1, lane", "false, lane")},
     "2:4: x transposed": {"two_four.cu": ("x_slot(lane % 8, lane / 8)", "x_slot(lane / 4, lane % 4)")},
     "2:4: a turn alone taken for two": {"linear.cuh": ("    const int turns = ends ? odd_turns : P::kTurns;\n    if constexpr", "    const int turns = P::kTurns;\n    if constexpr")},
     "2:4: lanes do not wait for each other": {"linear.cuh": ("    __syncwarp();\n    fetch();", "    fetch();")},
@@ -106,7 +111,7 @@ BUGS = {
     "nf4: outer scale of another tile": {"values.cuh": ("kTileRows)[tile] : 1.f", "kTileRows)[tile / 2 * 2] : 1.f")},
     "unstructured: nf4 elements in int4's order": {"bitmask.cu": ("return e + 2 * j + 4 * h", "return j + 2 * e + 4 * h")},
     "unstructured: nf4 bytes put together in int4's order": {"bitmask.cu": ("0x6420", "0x6240")},
-    "2:4: decoded place": {"two_four.cu": ("first == 3 : second == place", "false : second == place")},
+    "2:4: decoded place": {"two_four.cu": ("second == place ? codes[1] : codes[0]", "second == place ? codes[0] : codes[1]")},
 }  # fmt: skip
 
 

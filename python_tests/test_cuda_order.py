@@ -29,11 +29,21 @@ def test_there_and_back_is_bit_exact(fmt, shape):
     out, in_ = shape
     for name, size in fmt.tensors(in_, out).items():
         t = torch.randint(0, 256, size, dtype=torch.uint8)
+        if fmt.pattern == "2:4" and name == "packed":  # places are not any bytes
+            t = pack(fmt, torch.randn(out, in_), density=0.6)[name]
         there = cuda_order.to_cuda_order(name, t, fmt, in_, out)
         assert cuda_order.in_cuda_order(name, there) and not cuda_order.in_cuda_order(name, t)
         assert there.numel() == t.numel() and not torch.equal(there.flatten(), t.flatten())
         assert torch.equal(cuda_order.from_cuda_order(name, there, fmt, in_, out), t)
         assert cuda_order.to_cuda_order(name, there, fmt, in_, out) is there
+
+
+def test_places_of_a_damaged_file_are_refused():
+    fmt = WeightFormat("bf16", pattern="2:4")
+    packed = fmt.pack(torch.zeros(32, 32))["packed"]
+    packed[0, -2:] = torch.tensor([2, 0])  # after 2 comes 0, which is not how a file says "none"
+    with pytest.raises(CaloraError, match="damaged"):
+        cuda_order.to_cuda_order("packed", packed, fmt, 32, 32)
 
 
 def test_where_a_weight_lies():
@@ -68,6 +78,8 @@ def test_places_of_2_4_lie_as_cutlass_has_them():
     packed = cuda_order.to_cuda_order("packed", fmt.pack(weight, mask)["packed"], fmt, 128, 64)
     ours = packed.view(2, 2, -1)[..., 2048:].contiguous().view(torch.int32).view(2, 2, 32, 2)  # tiles, units, lanes, turns
     values, places = sparse_semi_structured_from_dense_cutlass((weight * mask).bfloat16())
+    t = (~ours | ours << 1) & 0x66666666  # guide_of of two_four.cu
+    ours = ours & (t | t << 1) | ~ours & ~t
     assert torch.equal(ours.permute(1, 3, 0, 2).reshape(4, 64), places.view(-1).view(torch.int32).view(4, 64))
     # The values of lane (g, c), k16 step t: those of row 16 rt + 8 j + g, compressed columns 16 t' + 8 h + 2 c + e.
     kept = packed.view(2, 2, -1)[..., :2048].contiguous().view(torch.bfloat16).view(2, 2, 2, 2, 8, 4, 2, 2, 2)  # tile, unit, t, rt, g, c, h, j, e

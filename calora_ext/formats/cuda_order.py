@@ -46,6 +46,9 @@ _KEPT = {
 }
 _PLACES = (("t", "rt", "j", "g", "c0", "e", "h", "c1"), ("g", "rt", "h", "t", "j", "c1", "c0", "e"))  # four a byte
 _GROUPS = ("t", "rt", "j", "g", "h", "c1", "c0", "e")
+# Canonical p0 + 4 p1 -> the number that stands for them on the GPU (api.h); -1: not in a file of ours, which says "none" by 1 0.
+_NUMBERS = (9, 14, -1, -1, 13, 2, -1, -1, 1, 0, 15, -1, 5, 4, 7, 6)
+_EXCHANGED = 15  # canonical: the weight in place 3 alone, which comes second there
 # Unstructured, per value type: the weights of a unit of chunks as their bits lie canonically, and as they do here; the order of
 # a chunk's codes there and here.
 _BITMASK = {
@@ -202,11 +205,25 @@ def _unit(kept: Tensor, places: Tensor, values: str, turns: int, step: int) -> t
         elements = _coded(elements, values, 1)
     elements = _permute(elements, source, _GROUPS, sizes).view(-1, 2)
     at = _permute(_split(places, 2), _PLACES[::step][0], _GROUPS, sizes).view(-1, 2)
-    elements = torch.where((at == 3).all(-1, keepdim=True), elements.flip(-1), elements)
+    at = _numbered(at[:, 0] | at[:, 1] << 2, step)
+    exchanged = at == (_NUMBERS[_EXCHANGED] if step == 1 else _EXCHANGED)
+    elements = torch.where(exchanged.unsqueeze(-1), elements.flip(-1), elements)
+    at = torch.stack((at & 3, at >> 2), dim=-1)
     elements = _permute(elements, _GROUPS, target, sizes)
     if step == -1:
         elements = _coded(elements, values, -1)
     return (elements.view(torch.uint8) if bits == 16 else _join(elements, bits)), _join(_permute(at, _GROUPS, _PLACES[::step][1], sizes), 2)
+
+
+def _numbered(places: Tensor, step: int) -> Tensor:
+    """Both places of each group, p0 + 4 p1, as their number on the GPU, or back (step -1). Raises CaloraError for what no file of ours holds."""
+    numbers = torch.tensor(_NUMBERS, dtype=torch.int8, device=places.device)
+    if step == -1:
+        return torch.stack([numbers == i for i in range(16)]).to(torch.uint8).argmax(1).to(torch.uint8)[places.int()]
+    numbered = numbers[places.int()]
+    if (numbered < 0).any():
+        raise CaloraError("a 2:4 weight holds places that are not in order; the file is damaged, get it again or compress anew")
+    return numbered.to(torch.uint8)
 
 
 def _coded(elements: Tensor, values: str, step: int) -> Tensor:

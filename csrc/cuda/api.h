@@ -21,9 +21,13 @@
 // 2:4: a unit is two turns (64 columns) of a block, or the last one alone where they are odd. What is kept of turn t takes the
 // place of the dense columns of k16 step s = t: lane (g, c) has the kept weights e of groups c and c + 4 (h = 0, 1) of its rows.
 //   int4, nf4   one 16-byte word; a single turn: 8 bytes      int8   one 16-byte word a turn      bf16   two a turn
-//   then the places, 4 bytes a turn: lane (g, 2 rt + h) has those of groups 4 h .. 4 h + 3: that of (j, group 4 h + q, e) at
-//   bit 16 j + 4 q + 2 e. These are the canonical places; the kernel makes of them what mma.sp takes. int4 and int8 are codes
-//   around 8 and 128, nf4 is places of codes, as in the dense order; the two values of a group whose places are 3 3 are exchanged.
+//   then the places, 4 bytes a turn: lane (g, 2 rt + h) has those of groups 4 h .. 4 h + 3: those of (j, group 4 h + q) at
+//   bit 16 j + 4 q, as one of 16 numbers, of which four operations make the two places that mma.sp takes, in rising order
+//   (two_four.cu). Canonical p0 + 4 p1 -> number:
+//     both kept   4 -> 13   8 -> 1   12 -> 5   9 -> 0   13 -> 4   14 -> 7
+//     one kept    0 -> 9 (then taken for 0 2)   5 -> 2 (1 2)   10 -> 15 (2 3)   15 -> 6 (1 3, and the two values are exchanged)
+//     none kept   1 -> 14 (1 3)
+//   What is not kept has the code of 0. int4 and int8 are codes around 8 and 128, nf4 is places of codes, as in the dense order.
 //
 // unstructured: a unit of two chunks is two 32-bit words a lane, one chunk's after the other's; a chunk alone is one word. A bit
 // for each weight of the lane, in the dense order: element k of 32-bit word `step`, as bitmask.cu takes them:

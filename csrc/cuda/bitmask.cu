@@ -122,12 +122,13 @@ __device__ __forceinline__ uint32_t start_of(const PackedWeight& w, int64_t chun
 template <class T, template <class, int> class V, int NB>
 struct Bitmask {
   using Value = V<T, NB>;
+  using Half = void;
   using S = Spread<Value>;
   static constexpr int kBits = Value::kBits, kChunkBytes = 128 * kBits;
   static constexpr int kTurns = 2, kUnitBytes = 256, kPieces = 2 * kChunkBytes / 16 + 1;
   // 32 more: a window of the last lane reads on.
   static constexpr int kCodes = 256, kStarts = kCodes + 16 * kPieces + 32, kRoom = kStarts + 16;
-  static constexpr bool kZeros = false, kSums = Value::kOffset != 0, kDirect = false;
+  static constexpr bool kZeros = false, kSums = Value::kOffset != 0, kDirect = false, kWhole = false;
   static constexpr int kLaneBytes = 0, kBlocks = NB <= 2 ? kTwo : 1, kMost = 4;
   static constexpr float kOffset = kSums ? 16 + kInt4Zero : 0;
 

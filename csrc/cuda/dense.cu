@@ -5,19 +5,25 @@
 namespace calora::cuda {
 namespace {
 
-template <class T, template <class, int> class V, int NB>
-struct Dense {
+// Measured on an H200: int8 and more rows of x are faster with x in the ring, but nf4, whose table takes the time, only from 17 rows on.
+template <class Value, int NB>
+constexpr bool kDenseDirect = Value::kOuter ? NB <= 2 : NB == 1 && Value::kBits != 8;
+// A group of 128 columns of int4, the usual 64 of nf4.
+template <class Value, int NB>
+constexpr int kDenseTurns = !kDenseDirect<Value, NB> || Value::kBits == 16 ? 1 : Value::kOuter ? 2 : 4;
+
+template <class T, template <class, int> class V, int NB, int Turns>
+struct DenseUnits {
   using Value = V<T, NB>;
-  // Measured on an H200: int8 and more rows of x are faster with x in the ring, but nf4, whose table takes the time, only from 17 rows on.
-  static constexpr bool kDirect = Value::kOuter ? NB <= 2 : NB == 1 && Value::kBits != 8;
-  // A group of 128 columns of int4, the usual 64 of nf4.
-  static constexpr int kTurns = !kDirect || Value::kBits == 16 ? 1 : Value::kOuter ? 2 : 4;
+  using Half = std::conditional_t<Turns == 4, DenseUnits<T, V, NB, 2>, void>;
+  static constexpr bool kDirect = kDenseDirect<Value, NB>;
+  static constexpr int kTurns = Turns;
   static constexpr int kChunk = 512 * Value::kWords, kUnitBytes = kChunk * kTurns, kRoom = kUnitBytes, kLaneBytes = 16;
   static constexpr int kBlocks = NB == 1 || (NB == 2 && !kDirect) ? kTwo : 1, kMost = 8;
-  static constexpr bool kZeros = Value::kZeros, kSums = kZeros;
+  static constexpr bool kZeros = Value::kZeros, kSums = kZeros, kWhole = kDirect && Value::kBits == 4;
   static constexpr float kOffset = Value::kOffset;
 
-  __device__ Dense(const LinearArgs&, const Geometry&, int64_t, int, int, int) {}
+  __device__ DenseUnits(const LinearArgs&, const Geometry&, int64_t, int, int, int) {}
 
   __device__ __forceinline__ void copy(Shared stage, const uint8_t* from, int turns, int lane) {
     stage = stage + lane * 16;
@@ -73,6 +79,11 @@ struct Dense {
     for (int n = 0; n < NB; ++n) load_x(rows + n * 512, lane, x[n]);
     turn(stage + lane * 16, x, needs_sum, sum_x, d);
   }
+};
+
+template <class T, template <class, int> class V, int NB>
+struct Dense : DenseUnits<T, V, NB, kDenseTurns<V<T, NB>, NB>> {
+  using DenseUnits<T, V, NB, kDenseTurns<V<T, NB>, NB>>::DenseUnits;
 };
 
 struct DenseWords {

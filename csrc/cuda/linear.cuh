@@ -15,6 +15,8 @@
 //   kLaneBytes         copy() is given where this lane's bytes begin, so many behind those of the lane before
 //   kBlocks            blocks of the most warps that a multiprocessor is to hold
 //   kMost              mma columns / 8 that it is compiled for at most
+//   kWhole             whether it is compiled once more for weights of whole units, see linear()
+//   Half               the same pattern in units of half the size, for weights of such blocks; void where there is none
 //   kDirect            lanes multiply with 8 neighbouring columns of x as they are in memory: they load them to registers, a unit
 //                      ahead, instead of copying them to the ring
 //   P(args, geo, tile, lane, first, last)     for the units first..last of a tile
@@ -23,6 +25,8 @@
 //                      d += the unit's weights times x, sum_x += sum(x); turn t of rows 8 n.. of x is the piece 512 (t NB + n) bytes on.
 //                      kDirect: x is x[t][n]
 #pragma once
+#include <type_traits>
+
 #include "bank.cuh"
 #include "values.cuh"
 
@@ -42,17 +46,18 @@ struct Ring {
   // Whole lines of 128 bytes: where stages began anywhere, copying took 1.6 times as long.
   static constexpr int kStage = round_up(kZero + (P::kZeros ? kZeroBytes : 0), 128);
   static constexpr int kBudget = 88 * 1024;  // with kUpRoom what a block may have on every architecture since sm_80
+  static constexpr int kAtMost = kBudget + 2 * 1024;  // where 8 warps would not fit otherwise
   // Large stages: fewer warps, because three stages are what keeps copies under way.
-  static constexpr int kWarps = 3 * 8 * kStage <= kBudget ? 8 : 3 * 4 * kStage <= kBudget ? 4 : 2;
-  static constexpr int kFit = kBudget / (kWarps * kStage), kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kWarps = 3 * 8 * kStage <= kAtMost ? 8 : 3 * 4 * kStage <= kBudget ? 4 : 2;
+  static constexpr int kFit = kBudget / (kWarps * kStage), kStages = kFit < 3 ? 3 : kFit < 8 ? kFit : 8;
   static constexpr int kBytes = kStages * kStage, kAll = kWarps * kBytes;  // of a warp, of all of them
-  static_assert(kStages >= 3 && kStage % 16 == 0, "too few units in flight");
+  static_assert(kAll <= kAtMost && kStage % 16 == 0, "too few units in flight");
   static constexpr int kSums = 8 * kSumStride * 4;  // of a warp, where the rings were
   static_assert(2 * kSums <= kBytes);               // and for the bank of each row once more
 };
 
 // Bytes behind the rings for U of the tile: (rank, 32) as it is in memory.
-constexpr int kUpRoom = 11 * 1024;
+constexpr int kUpRoom = 9 * 1024;
 inline int64_t up_bytes(const LowRank& bank) {
   const bool tiled = bank.up_row == 1 && bank.dtype != static_cast<int64_t>(Dtype::f32) && !bank.row_adapter;
   const int64_t bytes = tiled ? bank.rank * 2 * kTileRows : 0;
@@ -118,11 +123,13 @@ __global__ void __launch_bounds__(Ring<P, NB>::kWarps * 32, P::kBlocks) linear(c
 #pragma unroll
           for (int n = 0; n < NB; ++n) {
             const Shared to_x = stage + (R::kX + (t * NB + n) * 512 + x_slot(g, c));
-            if (rows >= 8 * NB) copy16(to_x, x_from[n]);
-            else copy16_if(8 * n + g < rows, to_x, x_from[n]);  // zeros where there is no row: reading one row eight times takes longer
-            x_from[n] += 2 * kChunkColumns;
+            const uint8_t* const x = x_from[n] + t * 2 * static_cast<int>(kChunkColumns);
+            if (rows >= 8 * NB) copy16(to_x, x);
+            else copy16_if(8 * n + g < rows, to_x, x);  // zeros where there is no row: reading one row eight times takes longer
           }
         }
+#pragma unroll
+        for (int n = 0; n < NB; ++n) x_from[n] += turns * 2 * static_cast<int>(kChunkColumns);
       }
       if (V::kScaleWord && (ends || left == 0)) {
         if (lane < V::kScaleWord / 2) copy16(stage + (R::kScale + lane * 16), V::kOuter ? scales : from + (scales_at + (Whole ? 0 : rest * P::kUnitBytes)));
@@ -276,18 +283,23 @@ __device__ __forceinline__ void load_x(Shared piece, int lane, uint32_t (&x)[4])
   x[0] = word.x, x[1] = word.y, x[2] = word.z, x[3] = word.w;
 }
 
+template <class P, class T, int NB, bool Whole>
+int start(const LinearArgs& a, const Geometry& geo, void* stream) {
+  using R = Ring<P, NB>;
+  const int64_t row_blocks = round_up(a.m, 8 * NB) / (8 * NB), up = up_bytes(a.bank);
+  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(geo.tiles));
+  return launch(linear<P, T, NB, Whole>, grid, 32 * R::kWarps, static_cast<int>(R::kAll + up), stream, a, geo, up != 0);
+}
+
 template <class P, class T, int NB>
 int launch_linear(const LinearArgs& a, void* stream) {
-  using R = Ring<P, NB>;
-  const int64_t row_blocks = round_up(a.m, 8 * NB) / (8 * NB), tiles = round_up(a.w.out_features, kTileRows) / kTileRows, up = up_bytes(a.bank);
   const Geometry geo = geometry_of(a.w);
-  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(tiles));
-  const auto start = [&](auto kernel) {
-    return launch(kernel, grid, 32 * R::kWarps, static_cast<int>(R::kAll + up), stream, a, geo, up != 0);
-  };
-  if constexpr (P::kDirect && P::kTurns > 1 && P::Value::kBits == 4)
-    if (geo.block_columns == P::kTurns * kChunkColumns && !a.w.zeros) return start(linear<P, T, NB, true>);
-  return start(linear<P, T, NB, false>);
+  const int64_t turns = a.w.zeros ? 0 : geo.block_columns / kChunkColumns;
+  if constexpr (P::kWhole)
+    if (turns == P::kTurns) return start<P, T, NB, true>(a, geo, stream);
+  if constexpr (!std::is_void_v<typename P::Half>)
+    if (turns == P::Half::kTurns) return start<typename P::Half, T, NB, true>(a, geo, stream);
+  return start<P, T, NB, false>(a, geo, stream);
 }
 
 // P: a pattern of (type of x, value type, mma columns / 8).
