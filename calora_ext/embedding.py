@@ -105,7 +105,8 @@ class CompressedEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         flat = ids.reshape(-1)
-        if not torch.compiler.is_compiling() and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
+        # Not on a GPU, which would have to be waited for, in a graph in vain: there the look-up fails by itself, as torch's does.
+        if flat.device.type == "cpu" and not torch.compiler.is_compiling() and flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < self.num_embeddings:
             raise IndexError(f"a token id lies outside 0..{self.num_embeddings - 1}")
         rows = gather_rows(self.packed_tensors(), flat, self.format, self.in_features, self.out_features)
         return rows.to(self.compute_dtype).view(*ids.shape, self.embedding_dim)

@@ -293,6 +293,7 @@ int start(const LinearArgs& a, const Geometry& geo, void* stream) {
 
 template <class P, class T, int NB>
 int launch_linear(const LinearArgs& a, void* stream) {
+  static_assert(NB <= P::kMost);
   const Geometry geo = geometry_of(a.w);
   const int64_t turns = a.w.zeros ? 0 : geo.block_columns / kChunkColumns;
   if constexpr (P::kWhole)

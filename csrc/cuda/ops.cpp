@@ -25,6 +25,7 @@ using torch::stable::Tensor;
 using torch::stable::accelerator::DeviceGuard;
 
 constexpr int64_t kMaxFeatures = 131072;  // of a row, as on the CPU
+constexpr int64_t kMaxOutputs = 65535 * kTileRows;  // a grid has as many tiles
 constexpr int64_t kXAlign = 16;           // bytes: the kernels copy rows of x in such words
 
 // torch's current stream. Only libtorch_cuda.so can tell it, and a CPU-only torch has none: looked up at the first CUDA call.
@@ -71,8 +72,9 @@ PackedWeight weight_of(const std::vector<Tensor>& packed, int64_t format, int64_
                   "calora: weight format ", format, " has no CUDA kernels; keep the layer on the CPU");
   const auto pattern = static_cast<Pattern>(format / 16);
   const auto values = static_cast<Values>(format % 16);
-  STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= (int64_t{1} << 31),
-                  "calora: unsupported layer size ", out_features, " x ", in_features);
+  STD_TORCH_CHECK(in_features >= 1 && in_features <= kMaxFeatures && out_features >= 1 && out_features <= kMaxOutputs,
+                  "calora: unsupported layer size ", out_features, " x ", in_features, "; on a GPU a layer has at most ", kMaxFeatures, " inputs and ",
+                  kMaxOutputs, " outputs");
   STD_TORCH_CHECK(group_size == -1 || (has_groups(values) && group_size >= kColumnAlign && group_size <= kMaxFeatures &&
                                        group_size % kColumnAlign == 0),
                   "calora: group_size must be -1 or, for int4 and nf4, a multiple of ", kColumnAlign, "; got ", group_size);
