@@ -133,6 +133,8 @@ struct TwoFourPath {
   // Sums of 16 bits, of weights as bytes, for a visit of two turns at most: 2 * 4 * 2 * 255 * 8 < 2^15, and 2 * 4 * 8 < 2^7.
   static constexpr bool kSum16 = !V::kVnni && values == Values::int4;
   static_assert(!kSum16 || kVisit <= 2);
+  // Sums are formed where they are written: of several rows GCC forms all products first, and spills them.
+  static constexpr bool kPinned = V::kLanes == 8 && (V::kVnni ? M == 2 : M > 1);
   static constexpr int kLines = values == Values::int8 ? 4 : 2;  // of 128 bytes in a turn, places apart
 
   // Elements 4 i .. 4 i + 3 of every row as signed bytes.
@@ -174,6 +176,7 @@ struct TwoFourPath {
         if constexpr (V::kVnni) part[m][g] = V::dot(part[m][g], met, w[g]);
         else if constexpr (kSum16) part[m][g] = V::iadd16(part[m][g], V::maddubs(met, w[g]));
         else part[m][g] = V::iadd(part[m][g], halves(met, w[g]));
+        if constexpr (kPinned) asm volatile("" : "+v"(part[m][g]));
       }
     }
   }
