@@ -314,7 +314,7 @@ void run(const Packed& p, const std::vector<const Kernels*>& rungs, const std::v
     a.activations = c.activations;
     const Buffer workspace(static_cast<int64_t>(plan(a, nullptr)));
     plan(a, workspace.data());
-    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.xb, a.t, a.sums);
+    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.x_eights, a.xb, a.t, a.sums);
     linear(a, pool);
     // bf16 rounds the result and, on the rungs with vdpbf16ps, the book of nf4; int8 rounds x, and that book to 124ths.
     const double tolerance = c.activations == Activations::int8 ? 3e-2 : c.x_dtype == DType::bf16 ? 1e-2 : 1e-4;
