@@ -93,6 +93,7 @@ struct LinearArgs {
   float* x_scale;         // int8: (m, g.blocks) amax / 127
   int32_t* x_sum;         // int8: (m, g.blocks) sum of xq over the block
   float* xf;              // exact: (m, g.columns) x in fp32, padding 0
+  float* x_eights;        // exact decode of dense int4: (m, g.columns / 8) what the middle adds to eight columns (prepare.h)
   uint16_t* xb;           // exact decode with bf16 x: (m, g.columns) x as bf16, padding 0
   float* t;               // (m, rank) phi(x D^T), when rank > 0
   float* sums;            // decode, when rank > 0: (tiles, m, 32) x W^T, which wait for the bank; of each eight rows

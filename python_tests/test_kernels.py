@@ -140,6 +140,37 @@ def test_sparse_weights_by_more_rows_than_eight(rung, fmt, density):
     sparse_rows_against_float64(rung, fmt, density, (9, 12, 16, 17, 31, 48, 49, 64, 65))
 
 
+@pytest.mark.parametrize("fmt", [f for f in SPARSE + PAIRED if f.group_size in (-1, 128)], ids=str)
+def test_sparse_rows_longer_than_a_piece(rung, fmt):
+    """Rows of several pieces, in which a block is expanded for prefill; the last one is short."""
+    in_, out = 1060, 40
+    packed, bias, *_ = layer(fmt, out, in_, 0, torch.float32, density=0.6)
+    dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
+    for m in (1, 9, 30):
+        x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m))
+        want = in_float64(x, dense, bias, None, None, 0)
+        y = ops.linear(x, tensors, fmt, in_, out, bias, activations="exact")
+        assert (y.double() - want).norm() <= 3e-6 * want.norm(), m
+        if fmt.values != "bf16":
+            want = in_float64(x, met_by_int8(fmt, packed, out, in_), bias, None, None, 0, quantised_activations(x, fmt, in_))
+            y = ops.linear(x, tensors, fmt, in_, out, bias, activations="int8")
+            assert (y.double() - want).norm() <= 3e-6 * want.norm(), m
+
+
+@pytest.mark.parametrize("group", [32, 128, -1])
+def test_exact_activations_far_from_zero(rung, group):
+    """Sums of x times code - zero stay small where those of x times the code do not: what leaves a sum late is rounded like all of it."""
+    fmt = WeightFormat("int4", group)
+    packed, bias, *_ = layer(fmt, 64, 1024, 0, torch.float32)
+    dense = fmt.decode(packed, 1024, 64)
+    for m in (1, 2, 5):
+        x = 10 + torch.randn(m, 1024, generator=torch.Generator().manual_seed(m))
+        want = in_float64(x, dense, bias, None, None, 0)
+        torch_error = (torch.nn.functional.linear(x, dense, bias).double() - want).norm()
+        y = ops.linear(x, list(packed.values()), fmt, 1024, 64, bias, activations="exact")
+        assert (y.double() - want).norm() <= 2 * torch_error + 1e-7 * want.norm(), m
+
+
 def sparse_rows_against_float64(rung, fmt, density, rows):
     rng = random.Random(f"{fmt} {density}")
     for m in rows:

@@ -285,7 +285,7 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
       for (int i = 0; i < V::kTileRegs; ++i) y[m][i] = V::add(y[m][i], sum[m][i]);
     return;
   }
-  float x_sum[M];
+  float x_sum[M] = {};
   if (a.w.zeros)
     for (int m = 0; m < M; ++m) x_sum[m] = Path::x_sum(a, m, block);
 #pragma GCC unroll 4
@@ -301,56 +301,87 @@ void end_float_block(const LinearArgs& a, int64_t tile, int64_t block, const uin
 }
 
 // Sums of (code - middle) * x, or of the book's value * x, in fp32, one column at a time.
+//
+// With 256 bits int4 codes are multiplied where they lie in their lane, by x that was scaled for it (prepare.h): mask, conversion,
+// product. The middle leaves every eight columns, which have sums of their own for it, not once a block: sums of the codes themselves
+// would grow, and round, far more than those of the weights where x is not about 0. (512 bits: no gain at M = 1, a loss at 4 and 8. A look-up takes a shift and a permutation.)
 template <class V, int M, Values values>
 struct FloatPath {
   using Acc = typename V::F;
   using Sums = Acc[M][V::kTileRegs];
   static constexpr int64_t kStepBytes = 128, kStepColumns = has_groups(values) ? 8 : values == Values::int8 ? 4 : 2;
-  static constexpr bool kShortTurns = false;
-  static constexpr int64_t kRuns = kStreams;
+  static constexpr bool kShortTurns = false, kInPlace = multiplies_in_place<V>(values);
+  // Steps of eight columns by M rows are long: where registers are few they are neither unrolled nor mixed, else the code leaves the
+  // caches of instructions and GCC spills (M = 8: half the speed). As many runs as tiles are multiplied together then.
+  static constexpr bool kShortCode = V::kLanes == 8 && has_groups(values);
+  static constexpr int64_t kRuns = kShortCode && M == 1 ? pack_tiles<V, M>() : kStreams;
   static Acc none() { return V::zero(); }
 
-  // Column c of a step, of kLanes rows: the code minus its middle, as fp32.
+  // Column c of a step, of kLanes rows: the code as fp32, minus its middle but for codes in their places.
   template <int c>
   static Acc column(typename V::I w) {
+    constexpr int bit = c < 4 ? 8 * c : 8 * (c - 4) + 4;  // of 4-bit codes
     if constexpr (values == Values::bf16) {
       return V::as_float(c ? V::iand(w, V::iset1(static_cast<int>(0xffff0000))) : V::template shl32<16>(w));
     } else if constexpr (values == Values::int8) {  // w was turned into signed bytes
       return V::to_float(V::template sar32<24>(V::template shl32<24 - 8 * c>(w)));
-    } else {
-      constexpr int bit = c < 4 ? 8 * c : 8 * (c - 4) + 4;
-      if constexpr (values == Values::int4 && V::kLanes == 8)  // w was turned into signed nibbles
-        return V::to_float(V::template sar32<28>(V::template shl32<28 - bit>(w)));
-      else  // a look-up reads the low 4 bits only: no mask
-        return lookup16(values == Values::nf4 ? kNf4Tables.values : kCodes, V::template shr32<bit>(w));
+    } else if constexpr (kInPlace) {
+      return V::to_float(c == 7 ? V::template shr32<28>(w) : V::iand(w, V::iset1(15 << bit % 28)));
+    } else {  // a look-up reads the low 4 bits only: no mask
+      return lookup16(values == Values::nf4 ? kNf4Tables.values : kCodes, V::template shr32<bit>(w));
     }
   }
   alignas(64) static constexpr float kCodes[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
   static typename V::I load(const uint8_t* p) {
     const auto w = V::iload(p);
-    if constexpr (values == Values::int8) return V::ixor(w, V::iset1_8(static_cast<char>(0x80)));
-    else if constexpr (values == Values::int4 && V::kLanes == 8) return V::ixor(w, V::iset1_8(static_cast<char>(0x88)));
-    else return w;
+    return values == Values::int8 ? V::ixor(w, V::iset1_8(static_cast<char>(0x80))) : w;
   }
 
   template <int P, int G>
   static void multiply(const LinearArgs& a, const Turn& turn, int first, Sums* sum) {
     Acc acc[P][M][G];
     copy<P, M, G>(sum, first, acc, 0);
-    each_step<FloatPath, V, P>(turn, first, [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
+    auto step_of = [&](const uint8_t* p, int64_t step, int t) __attribute__((always_inline)) {
       typename V::I w[G];
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) w[g] = load(p + g * V::kBytes);
       const float* x = a.xf + turn.k + step * kStepColumns;
-      column_of<G, 0>(a, x, w, acc[t]), column_of<G, 1>(a, x, w, acc[t]);
-      if constexpr (kStepColumns >= 4) column_of<G, 2>(a, x, w, acc[t]), column_of<G, 3>(a, x, w, acc[t]);
-      if constexpr (kStepColumns == 8) {
-        column_of<G, 4>(a, x, w, acc[t]), column_of<G, 5>(a, x, w, acc[t]);
-        column_of<G, 6>(a, x, w, acc[t]), column_of<G, 7>(a, x, w, acc[t]);
+      auto columns = [&](Acc(&to)[M][G]) __attribute__((always_inline)) {
+        column_of<G, 0>(a, x, w, to), column_of<G, 1>(a, x, w, to);
+        if constexpr (kStepColumns >= 4) column_of<G, 2>(a, x, w, to), column_of<G, 3>(a, x, w, to);
+        if constexpr (kStepColumns == 8) {
+          column_of<G, 4>(a, x, w, to), column_of<G, 5>(a, x, w, to);
+          column_of<G, 6>(a, x, w, to), column_of<G, 7>(a, x, w, to);
+        }
+      };
+      if constexpr (kInPlace) {
+        Acc eight[M][G];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) eight[m][g] = V::set1(a.x_eights[(turn.k + m * a.w.g.columns) / 8 + step]);
+        columns(eight);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) acc[t][m][g] = V::add(acc[t][m][g], eight[m][g]);
+      } else {
+        columns(acc[t]);
       }
       keep_order(acc[t]);
-    });
+    };
+    if constexpr (kShortCode) {
+      for (int64_t step = 0; step < turn.steps; ++step)
+#pragma GCC unroll 8
+        for (int t = 0; t < P; ++t) {
+          const uint8_t* p = turn.codes[t] + step * kStepBytes;
+          if (first == 0) prefetch(p + kAhead), prefetch(p + kAhead + kLine);
+          step_of(p + first * V::kBytes, step, t);
+        }
+    } else {
+      each_step<FloatPath, V, P>(turn, first, step_of);
+    }
     copy<P, M, G>(acc, 0, sum, first);
   }
 
@@ -363,12 +394,16 @@ struct FloatPath {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) acc[m][g] = V::fma(v[g], V::set1(x[m * a.w.g.columns + c]), acc[m][g]);
+    if constexpr (kShortCode) keep_order(acc);
   }
 
-  static float x_sum(const LinearArgs& a, int64_t m, int64_t block) {
-    const float* x = a.xf + m * a.w.g.columns + block * a.w.g.block_columns;
+  static float x_sum(const LinearArgs& a, int64_t m, int64_t block) {  // of int4, which alone has zero points
+    const int64_t k = m * a.w.g.columns + block * a.w.g.block_columns, columns = a.w.g.block_columns;
+    float eights = 0;
+    for (int64_t i = 0; kInPlace && i < columns / 8; ++i) eights += a.x_eights[k / 8 + i];
+    if (kInPlace) return eights * (-1.0f / kInt4Zero);
     Acc total = V::zero();
-    for (int64_t k = 0; k < a.w.g.block_columns; k += V::kLanes) total = V::add(total, V::load(x + k));
+    for (int64_t i = 0; i < columns; i += V::kLanes) total = V::add(total, V::load(a.xf + k + i));
     return V::sum(total);
   }
 

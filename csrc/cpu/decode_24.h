@@ -100,12 +100,11 @@ struct TwoFourPath {
         for (int m = 0; m < M; ++m) part[m][g] = from_zero ? V::izero() : sums.products[m][first + g];
       }
     };
-    if constexpr (!kSum16) start(false);
+    start(kSum16);
     for (int64_t t = 0; t < turns; ++t, p += kTurnBytes, x += kTurnColumns) {
       if (first == 0)
 #pragma GCC unroll 18
         for (int64_t b = 0; b < kTurnBytes; b += kLine) prefetch(p + b + kTurnAhead);
-      if constexpr (kSum16) start(true);
       keep_pointer(x), keep_pointer(p);
 #pragma GCC unroll 4
       for (int l = 0; l <= kLines; ++l)  // in the order of the addresses: another is slower from memory
@@ -117,26 +116,25 @@ struct TwoFourPath {
         }
       substep<G, 0>(x, row, lines, places, part, weights), substep<G, 1>(x, row, lines, places, part, weights);
       substep<G, 2>(x, row, lines, places, part, weights), substep<G, 3>(x, row, lines, places, part, weights);
-      if constexpr (kSum16) {  // a turn's 16-bit sums: at most 4 * 2 * 255 * 8; of weights, as bytes: at most 4 * 8
-        const I one = V::iset1_16(1);
+    }
+    const I one = V::iset1_16(1);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          sums.weights[first + g] = V::iadd(sums.weights[first + g], V::madd(V::maddubs(V::iset1_8(1), weights[g]), one));
+    for (int g = 0; g < G; ++g) {
+      I& all = sums.weights[first + g];
+      all = kSum16 ? V::iadd(all, V::madd(V::maddubs(V::iset1_8(1), weights[g]), one)) : weights[g];
 #pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) sums.products[m][first + g] = V::iadd(sums.products[m][first + g], V::madd(part[m][g], one));
-        }
+      for (int m = 0; m < M; ++m) {
+        I& product = sums.products[m][first + g];
+        product = kSum16 ? V::iadd(product, V::madd(part[m][g], one)) : part[m][g];
       }
     }
-    if constexpr (!kSum16)
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-        sums.weights[first + g] = weights[g];
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sums.products[m][first + g] = part[m][g];
-      }
   }
 
+  // Sums of 16 bits, of weights as bytes, for a visit of two turns at most: 2 * 4 * 2 * 255 * 8 < 2^15, and 2 * 4 * 8 < 2^7.
   static constexpr bool kSum16 = !V::kVnni && values == Values::int4;
+  static_assert(!kSum16 || kVisit <= 2);
+  // Sums are formed where they are written: of several rows GCC forms all products first, and spills them.
+  static constexpr bool kPinned = V::kLanes == 8 && (V::kVnni ? M == 2 : M > 1);
   static constexpr int kLines = values == Values::int8 ? 4 : 2;  // of 128 bytes in a turn, places apart
 
   // Elements 4 i .. 4 i + 3 of every row as signed bytes.
@@ -178,6 +176,7 @@ struct TwoFourPath {
         if constexpr (V::kVnni) part[m][g] = V::dot(part[m][g], met, w[g]);
         else if constexpr (kSum16) part[m][g] = V::iadd16(part[m][g], V::maddubs(met, w[g]));
         else part[m][g] = V::iadd(part[m][g], halves(met, w[g]));
+        if constexpr (kPinned) asm volatile("" : "+v"(part[m][g]));
       }
     }
   }

@@ -43,7 +43,10 @@ template <class V, int M>
 struct MaskBf16Path : SparseBf16Path<V, M> {
   using Base = SparseBf16Path<V, M>;
   using Base::kChains, Base::R;
-  static constexpr int64_t kTiles = M < 8 ? 2 : 1, kVisit = M < 8 ? 2 : 4, kChunkAhead = M < 8 ? kAhead : 8192;
+  // Several rows of x: one tile, far ahead. 32 weights keep up to a line, so that a line is asked for with every 32; with every 64
+  // it leaves lines out where more than half is kept.
+  static constexpr bool kFar = M > 1;
+  static constexpr int64_t kTiles = kFar ? 1 : 2, kVisit = kFar ? 4 : 2, kChunkAhead = kFar ? 8192 : kAhead;
 
   __attribute__((always_inline)) static void multiply(const Weight& w, int64_t tile, int64_t chunk, int64_t turns, const uint8_t* mask,
                                                       const uint16_t* x, int64_t row, typename Base::Sums& sums) {
@@ -62,8 +65,8 @@ struct MaskBf16Path : SparseBf16Path<V, M> {
           const auto bits = static_cast<__mmask32>(load32(mask + 8 * s + 4 * i));
           codes[i] = _mm512_mask_expand_epi16(nothing, bits, V::iload(from));
           from += 2 * __builtin_popcount(bits);
+          if (kFar || i == R - 1) prefetch(from + kChunkAhead);
         }
-        prefetch(from + kChunkAhead);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const auto two = V::iset1(load32(x + m * row + 2 * s));

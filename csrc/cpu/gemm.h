@@ -10,6 +10,7 @@
 #pragma once
 #include "../kernels.h"
 #include "gemm_decode.h"
+#include "gemm_kept.h"
 #include "gemm_micro.h"
 #include "gemm_panels.h"
 
@@ -144,25 +145,28 @@ void add_exact(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   constexpr int64_t kPerStep = bf16 ? 2 : 1;  // columns
   const Geometry& g = a.w.g;
   alignas(64) float panel[kChunkColumns / kPerStep * kTileRows];
-  for (int64_t b = 0; b < g.blocks; ++b) {
-    const Block w = block_of<V>(a.w, tile, b);
-    prefetch_block(g, w);
+  for (int64_t b = 0; b < g.blocks; ++b)
     for (int64_t k = 0; k < g.block_columns; k += kChunkColumns) {
       const int64_t columns = g.block_columns - k < kChunkColumns ? g.block_columns - k : kChunkColumns;
+      const Block w = block_of<V>(a.w, tile, b, k, columns);  // not the block at once: expanded rows of int8 or bf16 would leave L1
+      if (k == 0 && a.w.pattern == Pattern::dense) prefetch_block(g, w);
       const float* decoded = panel;
-      if constexpr (!bf16) decode_fp32<V>(a.w.values, w, k, columns, panel);
-      else if (a.w.values == Values::bf16) decoded = reinterpret_cast<const float*>(w.codes + code_bytes(Values::bf16, k));  // as it lies
-      else decode_bf16<V>(a.w.values, w, k, columns, panel);
+      if constexpr (!bf16) decode_fp32<V>(a.w.values, w, 0, columns, panel);
+      else if (a.w.values == Values::bf16) decoded = reinterpret_cast<const float*>(w.codes);  // as it lies
+      else decode_bf16<V>(a.w.values, w, 0, columns, panel);
       for (int64_t i = 0; i < u.count; ++i)
         float_panel<V, bf16, R>(decoded, w.scale, columns / kPerStep,
                                 a.xf + ((u.first + i) * g.columns + b * g.block_columns + k) / kPerStep * R, u.panel(i));
     }
-  }
 }
 
 template <class V, int R>
 void add_base(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   if (a.activations == Activations::int8) {
+#ifdef __AVX512VBMI2__
+    if (a.w.pattern == Pattern::paired) return add_pairs<V, R>(a, tile, u);
+    if (a.w.pattern == Pattern::bitmask && a.w.values == Values::int8) return add_kept_bytes<V, R>(a, tile, u);
+#endif
     if (a.w.values == Values::int8) add_int8<V, Values::int8, false>(a, tile, u);
     else if (a.w.values == Values::nf4) add_int8<V, Values::nf4, false>(a, tile, u);
     else if (a.w.zeros) add_int8<V, Values::int4, true>(a, tile, u);

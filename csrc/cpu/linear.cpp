@@ -129,7 +129,9 @@ std::size_t plan(LinearArgs& a, uint8_t* workspace) {
   a.xq = int8 ? carve.take<int8_t>(rows * g.columns) : nullptr;
   a.x_scale = int8 ? carve.take<float>(rows * g.blocks) : nullptr;
   a.x_sum = int8 ? carve.take<int32_t>(rows * g.blocks) : nullptr;
-  a.xf = int8 ? nullptr : carve.take<float>(rows * g.columns);
+  a.xf = int8 || (decodes && pass.m > kDecodeRows) ? nullptr : carve.take<float>(rows * g.columns);  // exact, that many rows are decoded in bf16 only
+  const bool eights = !int8 && decodes && a.w.pattern == Pattern::dense && a.w.values == Values::int4;
+  a.x_eights = eights ? carve.take<float>(rows * g.columns / 8) : nullptr;
   a.xb = int8 || a.x_dtype != DType::bf16 || !decodes ? nullptr : carve.take<uint16_t>(rows * g.columns);
   a.t = a.bank.rank ? carve.take<float>(rows * a.bank.rank) : nullptr;
   a.sums = a.bank.rank && decodes ? carve.take<float>(pass.m * g.tiles * kTileRows) : nullptr;

@@ -47,6 +47,25 @@ void widen_row(const X* x, int64_t valid, int64_t columns, float* out) {
   for (int64_t k = full; k < columns; k += L) V::store(out + k, k < valid ? V::load_part(x + k, valid - k) : V::zero());
 }
 
+// Whether exact activations meet dense codes where they lie, decoding.
+template <class V>
+constexpr bool multiplies_in_place(Values values) { return V::kLanes == 8 && values == Values::int4; }
+
+// x for that (decode.h): a nibble whose lowest bit is bit b of a 32-bit lane is its code times 2^b, and meets x times 2^-b; both are
+// exact, but for x below 2^-102. (The last nibble of a lane is shifted instead: where it lies it would be signed.) And what the
+// middle adds to each eight columns, to be taken off.
+inline void scale_eights(int64_t columns, float* x, float* eights) {
+  const __m256 scales = _mm256_setr_ps(0x1p0f, 0x1p-8f, 0x1p-16f, 0x1p-24f, 0x1p-4f, 0x1p-12f, 0x1p-20f, 0x1p0f);
+  for (int64_t k = 0; k < columns; k += 8, x += 8) {
+    const __m256 v = _mm256_loadu_ps(x);
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    sum = _mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1));
+    eights[k / 8] = -kInt4Zero * _mm_cvtss_f32(sum);
+    _mm256_storeu_ps(x, _mm256_mul_ps(v, scales));
+  }
+}
+
 // bf16 x in the order in which decoding multiplies it: columns 0 2 4 6 1 3 5 7 of every eight for 4-bit codes, whose even and
 // odd columns come out of a 16-bit lane together (decode.h); unchanged otherwise.
 void copy_bf16(const uint16_t* x, int64_t valid, int64_t columns, bool pairs, uint16_t* out) {
@@ -73,6 +92,7 @@ void prepare_rows(const LinearArgs& a, const X* x, int64_t row_begin, int64_t ro
     }
     const bool bf16 = uses_bf16_dot<V>(a);
     if (!bf16) widen_row<V>(row, in, g.columns, a.xf + m * g.columns);
+    if (!bf16 && a.x_eights && multiplies_in_place<V>(a.w.values)) scale_eights(g.columns, a.xf + m * g.columns, a.x_eights + m * g.columns / 8);
     if constexpr (sizeof(X) == 2) {
       if (bf16) copy_bf16(row, in, g.columns, has_groups(a.w.values), a.xb + m * g.columns);
     }

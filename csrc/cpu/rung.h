@@ -12,7 +12,8 @@ namespace calora {
 namespace {
 
 // More rows are decoded eight at a time where a sparse tile is faster multiplied again, from L2, than expanded once for all rows: up
-// to how many. 2:4 has half the products of a dense weight then, and is faster at any M (benchmarks/NOTES.md).
+// to how many. 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of int8, on avx2
+// (benchmarks/NOTES.md).
 template <class V>
 int64_t most_decoded_rows([[maybe_unused]] const LinearArgs& a) {
 #if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
@@ -22,6 +23,10 @@ int64_t most_decoded_rows([[maybe_unused]] const LinearArgs& a) {
   if (a.w.pattern == Pattern::two_four && (integers || bf16)) return kMaxRows;
   if (a.w.pattern == Pattern::bitmask && bf16) return 16;
 #endif
+  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && a.activations == Activations::int8) {
+    if (a.w.values == Values::int8) return V::kVnni ? 64 : kMaxRows;
+    if (a.w.values == Values::int4) return V::kVnni ? 16 : 64;
+  }
   return kDecodeRows;
 }
 

@@ -314,7 +314,7 @@ void run(const Packed& p, const std::vector<const Kernels*>& rungs, const std::v
     a.activations = c.activations;
     const Buffer workspace(static_cast<int64_t>(plan(a, nullptr)));
     plan(a, workspace.data());
-    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.xb, a.t, a.sums);
+    const auto own = apart(workspace.data(), workspace.bytes(), a.xq, a.x_scale, a.x_sum, a.xf, a.x_eights, a.xb, a.t, a.sums);
     linear(a, pool);
     // bf16 rounds the result and, on the rungs with vdpbf16ps, the book of nf4; int8 rounds x, and that book to 124ths.
     const double tolerance = c.activations == Activations::int8 ? 3e-2 : c.x_dtype == DType::bf16 ? 1e-2 : 1e-4;
@@ -416,6 +416,14 @@ int main() {
     kReference.decode_rows(p.w, 0, 34, dense.data());
     run(p, rungs, dense, {DType::bf16, DType::bf16, f.values == Values::bf16 ? Activations::exact : Activations::int8, kMaxRows + 45, 5, 2, true, true}, f.name());
     run(p, rungs, dense, {DType::f32, DType::f32, Activations::exact, 300, 5, 2, false, true}, f.name());
+    // Rows longer than the pieces in which they are expanded.
+    for (const bool damaged : {false, true}) {
+      const Packed longer = make_weight(f, 1060, 33, 0.6, damaged);
+      std::vector<float> weights(damaged ? 0 : 1060 * 33);
+      if (!damaged) kReference.decode_rows(longer.w, 0, 33, weights.data());
+      run(longer, rungs, weights, {DType::f32, DType::f32, f.values == Values::bf16 ? Activations::exact : Activations::int8, 20, 0, 0, false, true}, f.name());
+      run(longer, rungs, weights, {DType::bf16, DType::bf16, Activations::exact, 20, 0, 0, false, true}, f.name());
+    }
   }
   for (const Kernels* k : rungs)
     for (const int64_t bytes : {0, 8, 64, 4096, 5000}) {
