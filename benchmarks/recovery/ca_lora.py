@@ -209,7 +209,7 @@ def markdown(name: str, stored: dict) -> str:
     plan, runs = stored["plan"], stored["runs"]
     rows = rows_of(name, runs, plan["steps"])
     bases = [b for b in (DENSE, *BASES) if any(r["base"] == b for r in runs)]
-    kept = "the step that is best on those to choose, the start included" if plan["keep"] == "best" else "the last step"
+    kept = "the step that is best on those to choose (the start included)" if plan["keep"] == "best" else "the last step"
     parts = [
         f"## {name}",
         f"{plan['source']}; {plan['task']}. Inherited: a LoRA of rank {LORA_RANK} on every linear layer, {plan['lora_steps']} steps of {plan['batch_size']} on the dense "
