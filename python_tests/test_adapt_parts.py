@@ -400,6 +400,8 @@ def test_keeping_the_best_refuses_what_it_cannot_do(tmp_path):
     assert got.load_best_model_at_end and got.eval_steps == 2
     with pytest.raises(CaloraError, match="metric_for_best_model"):
         Settings.of(arguments(tmp_path, **same, metric_for_best_model="accuracy"))
+    with pytest.raises(CaloraError, match="greater_is_better"):
+        Settings.of(arguments(tmp_path, **same, greater_is_better=True))
     with pytest.raises(CaloraError, match="eval_strategy"):
         Settings.of(arguments(tmp_path, load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch"))
 

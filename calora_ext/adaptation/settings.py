@@ -105,10 +105,10 @@ class Settings:
         values = {name: getattr(args, name) for name in ours}
         if args.load_best_model_at_end:
             how = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-            if how != "steps" or args.metric_for_best_model not in (None, "loss", "eval_loss"):
+            if how != "steps" or args.metric_for_best_model not in (None, "loss", "eval_loss") or args.greater_is_better:
                 raise CaloraError(
                     f"load_best_model_at_end keeps the lowest loss every eval_steps; got eval_strategy={how!r}, metric_for_best_model="
-                    f"{args.metric_for_best_model!r}; pass eval_strategy='steps' and leave the metric out"
+                    f"{args.metric_for_best_model!r}, greater_is_better={args.greater_is_better}; pass eval_strategy='steps' and leave the others out"
                 )
         else:
             del values["eval_steps"]
