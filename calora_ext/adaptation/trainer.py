@@ -49,7 +49,8 @@ class CaloraTrainer(Trainer):
     With ``TrainingArguments(fsdp=True)`` FSDP2 also shards adapter and optimiser state, block by block; the model stays sharded after ``train``.
     A checkpoint is an adapter directory (``load_adapter``) with what is needed to go on, nothing of it pickled.
     ``train(resume_from_checkpoint=True)`` goes on from the newest whole one, or starts where there is none, so that a script under ``torchrun
-    --max-restarts`` always passes it.
+    --max-restarts`` always passes it. On CPUs (gloo) start that with ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: torch 2.13 otherwise keeps one
+    store for all restarts, and a worker that finds a dead one's address in it waits for ever.
 
     Raises CaloraError, leaving the model as it was, for input that does not fit together.
     """
