@@ -83,8 +83,8 @@ void expanded_tile(const LinearArgs& a, int64_t tile) {
     const Block w = block_of<V>(a.w, tile, b);
     for (int64_t m = 0; m < a.m; ++m)
       for (int reg = 0; reg < V::kTileRegs; reg += 2)
-        int_pair<V, values, false, 1, 1>(w, reg, a.xq + m * g.columns + b * g.block_columns, a.x_scale + m * g.blocks + b,
-                                         a.x_sum + m * g.blocks + b, sums + m * kTileRows);
+        int_pair<V, values, false, 1, 1>(w, 0, w.columns, w.codes, reg, a.xq + m * g.columns + b * g.block_columns, a.x_scale + m * g.blocks + b,
+                                         a.x_sum + m * g.blocks + b, nullptr, sums + m * kTileRows);
   }
   typename V::F y[M][V::kTileRegs];
   add_sums<V, M>(sums, y);

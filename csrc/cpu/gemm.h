@@ -18,6 +18,7 @@ namespace calora {
 namespace {
 
 constexpr int64_t kCodesAhead = 4096;     // bytes, on the way of int8 activations
+constexpr int64_t kExactAhead = 16384;    // of decoded int8 and bf16: two chunks of bf16
 constexpr int64_t kPrefetchBytes = 8192;  // of a block; longer ones are streams of their own
 
 template <int n> struct PanelRows { static constexpr int value = n; };
@@ -148,8 +149,9 @@ void add_exact(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   for (int64_t b = 0; b < g.blocks; ++b)
     for (int64_t k = 0; k < g.block_columns; k += kChunkColumns) {
       const int64_t columns = g.block_columns - k < kChunkColumns ? g.block_columns - k : kChunkColumns;
-      const Block w = block_of<V>(a.w, tile, b, k, columns);  // not the block at once: expanded rows of int8 or bf16 would leave L1
+      Block w = block_of<V>(a.w, tile, b, k, columns);  // not the block at once: expanded rows of int8 or bf16 would leave L1
       if (k == 0 && a.w.pattern == Pattern::dense) prefetch_block(g, w);
+      if (a.w.pattern == Pattern::dense) w.ahead = kExactAhead;
       const float* decoded = panel;
       if constexpr (!bf16) decode_fp32<V>(a.w.values, w, 0, columns, panel);
       else if (a.w.values == Values::bf16) decoded = reinterpret_cast<const float*>(w.codes);  // as it lies

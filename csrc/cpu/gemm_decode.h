@@ -44,11 +44,12 @@ Block block_of(const Weight& w, int64_t tile, int64_t block) {
   return block_of<V>(w, tile, block, 0, w.g.block_columns);
 }
 
-// Columns [k, k + columns) of a block as fp32.
+// Columns [k, k + columns) of a block as fp32. Of int8 and bf16, whose blocks are whole rows, what lies b.ahead bytes on is asked for.
 template <class V>
 void decode_fp32(Values values, const Block& b, int64_t k, int64_t columns, float* to) {
   for (int i = 0; i < V::kTileRegs; ++i) {
     const uint8_t* p = b.codes + code_bytes(values, k) + i * V::kBytes;
+    const uint8_t* next = b.codes + code_bytes(values, k) + b.ahead + i * code_bytes(values, columns) / V::kTileRegs;  // the pass's share
     float* out = to + i * V::kLanes;
     const auto zero = V::iload(b.zero + i * V::kLanes);
     if (values == Values::int4) {
@@ -72,14 +73,16 @@ void decode_fp32(Values values, const Block& b, int64_t k, int64_t columns, floa
       }
     } else if (values == Values::int8) {
       const auto low = V::iset1(255);
-      for (int64_t c = 0; c < columns; c += 4, p += 128, out += 4 * kTileRows) {
+      for (int64_t c = 0; c < columns; c += 4, p += 128, out += 4 * kTileRows, next += V::kBytes) {
+        prefetch(next);
         auto v = V::iload(p);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j, v = V::template shr32<8>(v)) V::store(out + j * kTileRows, V::to_float(V::isub(V::iand(v, low), zero)));
       }
     } else {
       const auto high = V::iset1(static_cast<int>(0xffff0000u));
-      for (int64_t c = 0; c < columns; c += 2, p += 128, out += 2 * kTileRows) {
+      for (int64_t c = 0; c < columns; c += 2, p += 128, out += 2 * kTileRows, next += V::kBytes) {
+        prefetch(next);
         const auto v = V::iload(p);
         V::store(out, V::as_float(V::template shl32<16>(v)));
         V::store(out + kTileRows, V::as_float(V::iand(v, high)));

@@ -13,7 +13,7 @@ namespace {
 
 #ifdef __AVX512VBMI2__
 
-constexpr int64_t kPieceColumns = 512;  // of int8: 16 KB, so that integer sums are loaded and stored seldom
+constexpr int64_t kKeptColumns = 512;  // of int8: 16 KB, so that integer sums are loaded and stored seldom
 constexpr int64_t kKeptAhead = 4096;    // bytes
 
 // Columns of a block of a tile, whose codes are expanded by the first panel and read by the others.
@@ -109,15 +109,15 @@ void add_pairs(const LinearArgs& a, int64_t tile, U& u) {
 template <class V, int R, class U>
 void add_kept_bytes(const LinearArgs& a, int64_t tile, U& u) {
   const Geometry& g = a.w.g;
-  alignas(64) uint8_t codes[kPieceColumns * kTileRows];
+  alignas(64) uint8_t codes[kKeptColumns * kTileRows];
   alignas(64) int32_t sums[kMaxBlockPanels * R * kTileRows];
   for (int64_t r = 0; r < u.count * R; ++r)
     for (int n = 0; n < kTileRows; n += V::kLanes) {
       const auto offset = static_cast<uint32_t>(kInt8Zero) * static_cast<uint32_t>(a.x_sum[u.first * R + r]);
       V::istore(sums + r * kTileRows + n, V::iset1(static_cast<int32_t>(-offset)));
     }
-  for (int64_t k = 0; k < g.columns; k += kPieceColumns) {
-    const Piece p = piece_of<false>(a.w, tile, 0, k, g.columns - k < kPieceColumns ? g.columns - k : kPieceColumns, codes);
+  for (int64_t k = 0; k < g.columns; k += kKeptColumns) {
+    const Piece p = piece_of<false>(a.w, tile, 0, k, g.columns - k < kKeptColumns ? g.columns - k : kKeptColumns, codes);
     for (int64_t i = 0; i < u.count; ++i) {
       const auto multiply = i ? byte_panel<V, false, R> : byte_panel<V, true, R>;
       multiply(p, a.xq + ((u.first + i) * g.columns + k) * R, sums + i * R * kTileRows);

@@ -49,7 +49,7 @@ CALORA_INLINE void int_step(typename V::I (&acc)[RS][2], typename V::I w0, typen
 }
 
 // Columns of 4-bit codes: both nibbles of a byte. What lies `ahead` bytes on is asked for step by step: a burst of prefetches is
-// served in part only. (int8, whose blocks are whole rows, is a stream that the processor follows: asking slows it down.)
+// served in part only.
 template <class V, Values values, int RS, int R>
 CALORA_INLINE void nibble_dots(const uint8_t* codes, const int8_t* x, int64_t columns, int64_t ahead, typename V::I (&acc)[RS][2]) {
   auto nibbles = [](typename V::I v) __attribute__((always_inline)) { return multipliers<V, values>(V::iand(v, V::iset1_8(15))); };
@@ -62,11 +62,13 @@ CALORA_INLINE void nibble_dots(const uint8_t* codes, const int8_t* x, int64_t co
   }
 }
 
-// Columns of int8 codes: whole bytes, or one of their nibbles.
+// Columns of int8 codes: whole bytes, or one of their nibbles. Where whole bytes take several passes, what is to come is asked for at
+// `next`, in each pass its share. (Where they take one, the processor follows the stream, and asking slows it down.)
 template <class V, int RS, int R, int nibble>
-CALORA_INLINE void int8_dots(const uint8_t* codes, const int8_t* x, int64_t columns, typename V::I (&acc)[RS][2]) {
+CALORA_INLINE void int8_dots(const uint8_t* codes, const int8_t* x, int64_t columns, const uint8_t* next, typename V::I (&acc)[RS][2]) {
   const auto low = V::iset1_8(15);
   for (int64_t k = 0; k < columns; k += 4, codes += 128, x += 4 * R) {
+    if constexpr (V::kTileRegs == 4 && nibble < 0) _mm_prefetch(reinterpret_cast<const char*>(next + 8 * k), _MM_HINT_T0);
     auto p0 = V::iload(codes), p1 = V::iload(codes + V::kBytes);
     if constexpr (nibble == 1) p0 = V::template shr16<4>(p0), p1 = V::template shr16<4>(p1);
     if constexpr (nibble >= 0) p0 = V::iand(p0, low), p1 = V::iand(p1, low);
@@ -98,15 +100,19 @@ struct Block {
   alignas(64) int32_t zero[kTileRows];
 };
 
-// RS rows of a panel of R by the registers `reg` and `reg + 1` of a tile.
+// Columns [k, end) of RS rows of a panel of R by the registers `reg` and `reg + 1` of a tile. kept: the integer sums of all rows of the panel,
+// where a block is multiplied in pieces.
 template <class V, Values values, bool zeros, int RS, int R>
-CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const float* x_scale, const int32_t* x_sum, float* acc) {
+CALORA_INLINE void int_pair(const Block& w, int64_t k, int64_t end, const uint8_t* next, int reg, const int8_t* x, const float* x_scale, const int32_t* x_sum,
+                            int32_t (*kept)[kTileRows], float* acc) {
   using I = typename V::I;
   constexpr int L = V::kLanes;
-  const uint8_t* codes = w.codes + reg * V::kBytes;
+  const uint8_t* codes = w.codes + code_bytes(values, k) + reg * V::kBytes;
   const int n = reg * L;
+  x += k * R;
   // The zero point is folded in: sum (code - zero) x = sum code x - zero * sum x. Sums wrap, and end up in range.
   auto start = [&](int r, int v) __attribute__((always_inline)) {
+    if (k) return V::iload(kept[r] + n + v * L);
     if constexpr (zeros) return V::imul(V::iload(w.zero + n + v * L), V::iset1(-x_sum[r]));
     else return V::iset1(static_cast<int32_t>(-static_cast<uint32_t>(kOffset<V, values>) * static_cast<uint32_t>(x_sum[r])));
   };
@@ -114,21 +120,26 @@ CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const floa
   if constexpr (kSum32<V, values>) {
     CALORA_UNROLL
     for (int r = 0; r < RS; ++r) sum[r][0] = start(r, 0), sum[r][1] = start(r, 1);
-    if constexpr (has_groups(values)) nibble_dots<V, values, RS, R>(codes, x, w.columns, w.ahead, sum);
-    else int8_dots<V, RS, R, -1>(codes, x, w.columns, sum);
+    if constexpr (has_groups(values)) nibble_dots<V, values, RS, R>(codes, x, end - k, w.ahead, sum);
+    else int8_dots<V, RS, R, -1>(codes, x, end - k, next, sum);
   } else {
     alignas(64) int32_t sums[RS][2 * L];
     for (int r = 0; r < RS; ++r) V::istore(sums[r], start(r, 0)), V::istore(sums[r] + L, start(r, 1));
-    for (int64_t k = 0; k < w.columns; k += 32, x += 32 * R) {
+    for (int64_t i = 0; i < end - k; i += 32, x += 32 * R) {
       if constexpr (values == Values::int4) {
-        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { nibble_dots<V, values, RS, R>(codes + 16 * k, x, 32, w.ahead, part); });
+        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { nibble_dots<V, values, RS, R>(codes + 16 * i, x, 32, w.ahead, part); });
       } else {  // vpmaddubsw saturates on bytes, not on nibbles: code = 16 * high + low
-        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 0>(codes + 32 * k, x, 32, part); });
-        add_int16_dots<V, RS>(sums, 16, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 1>(codes + 32 * k, x, 32, part); });
+        add_int16_dots<V, RS>(sums, 1, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 0>(codes + 32 * i, x, 32, next, part); });
+        add_int16_dots<V, RS>(sums, 16, [&](I(&part)[RS][2]) __attribute__((always_inline)) { int8_dots<V, RS, R, 1>(codes + 32 * i, x, 32, next, part); });
       }
     }
     CALORA_UNROLL
     for (int r = 0; r < RS; ++r) sum[r][0] = V::iload(sums[r]), sum[r][1] = V::iload(sums[r] + L);
+  }
+  if (end < w.columns) {
+    CALORA_UNROLL
+    for (int r = 0; r < RS; ++r) V::istore(kept[r] + n, sum[r][0]), V::istore(kept[r] + n + L, sum[r][1]);
+    return;
   }
   const auto s0 = V::load(w.scale + n), s1 = V::load(w.scale + n + L);
   CALORA_UNROLL
@@ -140,16 +151,29 @@ CALORA_INLINE void int_pair(const Block& w, int reg, const int8_t* x, const floa
   }
 }
 
+// Of int8, whose blocks are whole rows, with VNNI: so much at a time that of four passes three find it in L1, while the next is asked for.
+constexpr int64_t kPieceColumns = 256;
+
 // One block of a tile by one panel. Not inlined: register allocation then sees nothing else.
 template <class V, Values values, bool zeros, int R>
 __attribute__((noinline)) void int_panel(const Block& w, const int8_t* x, const float* x_scale, const int32_t* x_sum, float* acc) {
+  constexpr int A = (R + 1) / 2, B = R / 2;
   if constexpr (V::kTileRegs == 2) {
-    int_pair<V, values, zeros, R, R>(w, 0, x, x_scale, x_sum, acc);
-  } else {
-    constexpr int A = (R + 1) / 2, B = R / 2;
+    int_pair<V, values, zeros, R, R>(w, 0, w.columns, w.codes, 0, x, x_scale, x_sum, nullptr, acc);
+  } else if constexpr (!V::kVnni || values != Values::int8) {
     for (int reg = 0; reg < V::kTileRegs; reg += 2) {
-      int_pair<V, values, zeros, A, R>(w, reg, x, x_scale, x_sum, acc);
-      int_pair<V, values, zeros, B, R>(w, reg, x + 4 * A, x_scale + A, x_sum + A, acc + A * kTileRows);
+      int_pair<V, values, zeros, A, R>(w, 0, w.columns, w.codes, reg, x, x_scale, x_sum, nullptr, acc);
+      int_pair<V, values, zeros, B, R>(w, 0, w.columns, w.codes, reg, x + 4 * A, x_scale + A, x_sum + A, nullptr, acc + A * kTileRows);
+    }
+  } else {
+    alignas(64) int32_t kept[R][kTileRows];
+    for (int64_t k = 0; k < w.columns; k += kPieceColumns) {
+      const int64_t end = w.columns - k < kPieceColumns ? w.columns : k + kPieceColumns, quarter = code_bytes(values, end - k) / 4;
+      const uint8_t* next = w.codes + code_bytes(values, end);
+      for (int reg = 0; reg < V::kTileRegs; reg += 2, next += 2 * quarter) {
+        int_pair<V, values, zeros, A, R>(w, k, end, next, reg, x, x_scale, x_sum, kept, acc);
+        int_pair<V, values, zeros, B, R>(w, k, end, next + quarter, reg, x + 4 * A, x_scale + A, x_sum + A, kept + A, acc + A * kTileRows);
+      }
     }
   }
 }

@@ -11,27 +11,30 @@
 namespace calora {
 namespace {
 
-// More rows are decoded eight at a time where a sparse tile is faster multiplied again, from L2, than expanded once for all rows: up
-// to how many. 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of int8, on avx2
-// (benchmarks/NOTES.md).
+// Up to how many rows are decoded. Of dense weights the AVX2 rungs decode fewer than kDecodeRows: with 16 registers eight rows by all codes
+// spill, but in bf16, which is bound by memory. Of sparse ones more are decoded, eight at a time, where a tile is faster multiplied again,
+// from L2, than expanded once for all rows: 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of
+// int8, on avx2 (benchmarks/NOTES.md).
 template <class V>
-int64_t most_decoded_rows([[maybe_unused]] const LinearArgs& a) {
-#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+int64_t most_decoded_rows(const LinearArgs& a) {
   const Values values = a.w.values;
-  const bool integers = a.activations == Activations::int8 && (values == Values::int8 || values == Values::int4);
+  const bool int8 = a.activations == Activations::int8;
+  if (a.w.pattern == Pattern::dense) return V::kLanes == 16 || values == Values::bf16 ? kDecodeRows : int8 || values == Values::int4 ? 5 : 7;
+#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+  const bool integers = int8 && (values == Values::int8 || values == Values::int4);
   const bool bf16 = a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16;
   if (a.w.pattern == Pattern::two_four && (integers || bf16)) return kMaxRows;
   if (a.w.pattern == Pattern::bitmask && bf16) return 16;
 #endif
-  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && a.activations == Activations::int8) {
-    if (a.w.values == Values::int8) return V::kVnni ? 64 : kMaxRows;
-    if (a.w.values == Values::int4) return V::kVnni ? 16 : 64;
+  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && int8) {
+    if (values == Values::int8) return V::kVnni ? 64 : kMaxRows;
+    if (values == Values::int4) return V::kVnni ? 16 : 64;
   }
   return kDecodeRows;
 }
 
 template <class V>
-bool decodes(const LinearArgs& a) { return a.m <= kDecodeRows || a.m <= most_decoded_rows<V>(a); }
+bool decodes(const LinearArgs& a) { return a.m <= most_decoded_rows<V>(a); }
 
 template <class V>
 void prepare_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
