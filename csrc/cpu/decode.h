@@ -577,23 +577,37 @@ void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
   }
 }
 
+// Up to how many rows dense weights are decoded: with 16 registers eight rows by all codes spill, and prefill is faster from six or eight on,
+// but for bf16, which is bound by memory (benchmarks/NOTES.md).
+template <class V>
+constexpr int64_t most_dense_rows(Values values, Activations activations) {
+  if (V::kLanes == 16 || values == Values::bf16) return kDecodeRows;
+  return activations == Activations::int8 || values == Values::int4 ? 5 : 7;
+}
+
+template <class V, int M, Values values, Activations activations, template <class, int, Values> class Path>
+void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
+  if constexpr (M <= most_dense_rows<V>(values, activations)) stream<V, M, Path<V, M, values>>(a, begin, end);
+}
+
 template <class V, int M>
 void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
+  constexpr auto int8 = Activations::int8, exact = Activations::exact;
   const Values values = a.w.values;
-  if (a.activations == Activations::int8) {
-    if (values == Values::int4) return stream<V, M, IntPath<V, M, Values::int4>>(a, begin, end);
-    if (values == Values::nf4) return stream<V, M, IntPath<V, M, Values::nf4>>(a, begin, end);
-    return stream<V, M, IntPath<V, M, Values::int8>>(a, begin, end);
+  if (a.activations == int8) {
+    if (values == Values::int4) return decode_m<V, M, Values::int4, int8, IntPath>(a, begin, end);
+    if (values == Values::nf4) return decode_m<V, M, Values::nf4, int8, IntPath>(a, begin, end);
+    return decode_m<V, M, Values::int8, int8, IntPath>(a, begin, end);
   }
   if constexpr (V::kBf16Dot) {
-    if (uses_bf16_dot<V>(a) && values == Values::int4) return stream<V, M, Bf16Path<V, M, Values::int4>>(a, begin, end);
-    if (uses_bf16_dot<V>(a) && values == Values::nf4) return stream<V, M, Bf16Path<V, M, Values::nf4>>(a, begin, end);
-    if (uses_bf16_dot<V>(a)) return stream<V, M, Bf16Path<V, M, Values::bf16>>(a, begin, end);
+    if (uses_bf16_dot<V>(a) && values == Values::int4) return decode_m<V, M, Values::int4, exact, Bf16Path>(a, begin, end);
+    if (uses_bf16_dot<V>(a) && values == Values::nf4) return decode_m<V, M, Values::nf4, exact, Bf16Path>(a, begin, end);
+    if (uses_bf16_dot<V>(a)) return decode_m<V, M, Values::bf16, exact, Bf16Path>(a, begin, end);
   }
-  if (values == Values::int4) return stream<V, M, FloatPath<V, M, Values::int4>>(a, begin, end);
-  if (values == Values::nf4) return stream<V, M, FloatPath<V, M, Values::nf4>>(a, begin, end);
-  if (values == Values::int8) return stream<V, M, FloatPath<V, M, Values::int8>>(a, begin, end);
-  return stream<V, M, FloatPath<V, M, Values::bf16>>(a, begin, end);
+  if (values == Values::int4) return decode_m<V, M, Values::int4, exact, FloatPath>(a, begin, end);
+  if (values == Values::nf4) return decode_m<V, M, Values::nf4, exact, FloatPath>(a, begin, end);
+  if (values == Values::int8) return decode_m<V, M, Values::int8, exact, FloatPath>(a, begin, end);
+  return decode_m<V, M, Values::bf16, exact, FloatPath>(a, begin, end);
 }
 
 template <class V>

@@ -11,15 +11,14 @@
 namespace calora {
 namespace {
 
-// Up to how many rows are decoded. Of dense weights the AVX2 rungs decode fewer than kDecodeRows: with 16 registers eight rows by all codes
-// spill, but in bf16, which is bound by memory. Of sparse ones more are decoded, eight at a time, where a tile is faster multiplied again,
-// from L2, than expanded once for all rows: 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of
-// int8, on avx2 (benchmarks/NOTES.md).
+// Up to how many rows are decoded. Of sparse weights more than kDecodeRows, eight at a time, where a tile is faster multiplied again, from L2,
+// than expanded once for all rows: 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of int8, on
+// avx2 (benchmarks/NOTES.md).
 template <class V>
 int64_t most_decoded_rows(const LinearArgs& a) {
   const Values values = a.w.values;
   const bool int8 = a.activations == Activations::int8;
-  if (a.w.pattern == Pattern::dense) return V::kLanes == 16 || values == Values::bf16 ? kDecodeRows : int8 || values == Values::int4 ? 5 : 7;
+  if (a.w.pattern == Pattern::dense) return most_dense_rows<V>(values, a.activations);
 #if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
   const bool integers = int8 && (values == Values::int8 || values == Values::int4);
   const bool bf16 = a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16;
