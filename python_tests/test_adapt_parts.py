@@ -11,6 +11,7 @@ from transformers import TrainingArguments, get_scheduler
 import calora_ext as cx
 from calora_ext import CaloraError, WeightFormat
 from calora_ext.adaptation import Distill, Lora, Recovery, Settings, cache_teacher, checkpoint, student
+from calora_ext.adaptation.best import Best
 from calora_ext.adaptation.loop import DataOrder
 from calora_ext.adaptation.objective import Objective, Targets, hidden_state
 from calora_ext.adaptation.teacher import LiveTeacher
@@ -379,12 +380,25 @@ def test_a_resumed_run_keeps_the_same_step(tmp_path, monkeypatch):
     got = run(broken, args=keeping(12, **checkpoints, resume_from_checkpoint=True), **options)
     assert got.resumed_at == want.kept_step + 2 and got.kept_step == want.kept_step and got.history == want.history
     assert all(torch.equal(a, b) for a, b in zip(factors(whole), factors(broken), strict=True))
+    cx.delete_adapter(broken, "default")
+    with pytest.raises(CaloraError, match="eval_data"):
+        run(broken, args=keeping(12, **checkpoints, resume_from_checkpoint=True), eval_data=[text_of(60, seed=4)])
     for path in checkpoint.found_in(tmp_path):
         state = json.loads((path / "state.json").read_text())
         (path / "state.json").write_text(json.dumps({k: v for k, v in state.items() if k != "best"}))
-    cx.delete_adapter(broken, "default")
     with pytest.raises(CaloraError, match="holds no best step"):
         run(broken, args=keeping(12, **checkpoints, resume_from_checkpoint=True), **options)
+
+
+def test_a_held_out_loss_that_is_never_finite_keeps_the_start():
+    parameters, losses = {"p": torch.nn.Parameter(torch.zeros(2))}, iter([float("nan"), float("inf"), 3.0, float("nan"), 2.0])
+    best = Best(lambda: next(losses))
+    kept = []
+    for step in range(5):
+        parameters["p"].data.fill_(step)
+        best.offer(step, parameters)
+        kept.append((best.step, float(best.tensors["p"][0])))
+    assert kept == [(0, 0), (0, 0), (2, 2), (2, 2), (4, 4)] and best.loss == 2.0
 
 
 def test_keeping_the_best_refuses_what_it_cannot_do(tmp_path):

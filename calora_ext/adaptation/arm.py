@@ -47,12 +47,16 @@ class Arm:
         first = None if self.lora is False else "rd" if self.inherited is None else "i"
         return "-".join(part for part in (first, self.recovery and "rc", self.distill and "d") if part)
 
-    def facts(self, samples: list[Sample], max_length: int) -> dict:
-        """What must be equal for a checkpoint to be continued, but for the settings of the optimisation; JSON. Before ``attach``."""
-        data = hashlib.blake2b("".join(sample_key(s) for s in samples).encode(), digest_size=16).hexdigest()
+    def facts(self, samples: list[Sample], max_length: int, chosen_on: list[Sample] | None = None) -> dict:
+        """What must be equal for a checkpoint to be continued, but for the settings of the optimisation; JSON. Before ``attach``.
+
+        chosen_on: held-out samples on which the best step is chosen, if one is.
+        """
+        digest = lambda part: hashlib.blake2b("".join(map(sample_key, part)).encode(), digest_size=16).hexdigest()  # noqa: E731
         parts = {"lora": self.lora, "recovery": self.recovery, "distill": self.distill}
         return {
-            "model": fingerprint(self.model), "data": data, "inherited adapter": self._digest, "task": self.task,
+            "model": fingerprint(self.model), "data": digest(samples), "inherited adapter": self._digest, "task": self.task,
+            "eval_data": None if chosen_on is None else digest(chosen_on),
             "max_length": max_length, **{k: repr(v) for k, v in parts.items()},
         }  # fmt: skip
 

@@ -85,7 +85,7 @@ def adapt(
     samples, said = samples_of(model, tokenizer, data, task, length, columns)
     held_out = None if eval_data is None else samples_of(model, tokenizer, eval_data, task, length, columns)[0]
     pad_id = pad_id_of(model, tokenizer)
-    run = arm.facts(samples, length) | {k: v for k, v in asdict(settings).items() if k not in NOT_OF_THE_RUN}
+    run = arm.facts(samples, length, held_out if settings.load_best_model_at_end else None) | {k: v for k, v in asdict(settings).items() if k not in NOT_OF_THE_RUN}
     teaching = arm.teaching(samples, tokenizer, length, pad_id, settings.per_device_train_batch_size, settings.disable_tqdm)
     with teaching as source:
         acted = active_adapters(model)
