@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from adapt_helpers import compress, make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from adapt_helpers import compress, make_bert, make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
 from transformers import TrainingArguments, get_scheduler
 
 import calora_ext as cx
@@ -133,6 +133,26 @@ def test_teacher_has_no_gradient_and_no_dropout():
     objective = Objective("seq2seq-lm", distill)
     sum(objective.loss(make_t5(1), batch, one, objective.counts([batch])).values()).backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("make, ids", [(lambda: make_t5(dropout=0.5), {"decoder_input_ids": torch.tensor([[8, 9]])}), (make_bert, {})], ids=["t5", "bert"])
+def test_a_distilled_student_has_no_dropout_of_its_own(make, ids):
+    """T5 has it in modules and as a number that its attention hands to a function; BERT's is 0.1 by default."""
+    model, inputs = make(), {"input_ids": torch.tensor([[5, 6, 7]]), **ids}
+    recovery = Recovery(rank=4)
+    task = "seq2seq-lm" if ids else "sequence-classification"
+    plan = student.plan(model, task, Lora(rank=4), recovery)
+    student.attach(model, "x", plan, Lora(rank=4), recovery, None, task, seed=0)
+    want = model(**inputs).logits
+
+    def distances():
+        return [float((model(**inputs).logits - want).norm() / want.norm()) for _ in range(3)]
+
+    with student.training(model, "x", plan, None, recovery, distilled=True):
+        assert model.training and max(distances()) < 1e-5
+    assert not model.training
+    with student.training(model, "x", plan, None, recovery, distilled=False):  # put back
+        assert min(distances()) > 1e-3 and len(set(distances())) == 3
 
 
 def test_teacher_has_the_inherited_lora_or_its_own(tmp_path):

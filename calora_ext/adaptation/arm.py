@@ -109,7 +109,7 @@ class Arm:
 
     @property
     def _trained(self) -> tuple:
-        return self.model, self.adapter_name, self.plan, self.lora or None, self.recovery
+        return self.model, self.adapter_name, self.plan, self.lora or None, self.recovery, self.distill is not None
 
     @property
     def _digest(self) -> str | None:

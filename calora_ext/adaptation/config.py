@@ -76,6 +76,8 @@ class Distill:
     None weighs it 16 if the teacher has an adapter, inherited or its own, that is if it was trained on the task, else 0. A large
     weight matters: the labels alone, seen before, make a small adapter overfit; a published run (``presets``) has none.
     mask_padding: leave padding out of the MSE (the published code counts it).
+
+    The dropout that the model itself has is off while it is distilled, as the teacher's is; that of ``Lora`` and ``Recovery`` acts.
     """
 
     hidden: Mapping[int | str, float] = field(default_factory=lambda: {-1: 0.05})
