@@ -1,4 +1,4 @@
-// Decode (M <= kDecodeRows): the packed weight streams by once and is multiplied as it comes.
+// Decode (M <= kDecodeRows, of dense weights most_dense_rows): the packed weight streams by once and is multiplied as it comes.
 //
 //   runs of tiles (kStreams of them, or kOddStreams), one tile of each side by side -> blocks (one scale per row) -> turns -> packs of tiles -> steps
 //
@@ -585,6 +585,7 @@ constexpr int64_t most_dense_rows(Values values, Activations activations) {
   return activations == Activations::int8 || values == Values::int4 ? 5 : 7;
 }
 
+// Nothing is compiled for more rows: decodes() of rung.h, by the same number, sends those to prefill.
 template <class V, int M, Values values, Activations activations, template <class, int, Values> class Path>
 void decode_m(const LinearArgs& a, int64_t begin, int64_t end) {
   if constexpr (M <= most_dense_rows<V>(values, activations)) stream<V, M, Path<V, M, values>>(a, begin, end);

@@ -1,4 +1,4 @@
-// Prefill (M > kDecodeRows) and backward: blocked GEMMs on panels of x (gemm_panels.h) and register-blocked micro-kernels
+// Prefill (more rows than a rung decodes) and backward: blocked GEMMs on panels of x (gemm_panels.h) and register-blocked micro-kernels
 // (gemm_micro.h). A unit of work is one tile of 32 outputs for one block of up to 22 panels (264 rows):
 //
 //   sums of the unit, fp32 (<= 33 KB)         =  bias
