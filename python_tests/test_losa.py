@@ -13,6 +13,7 @@ import calora_ext as cx
 from calora_ext import CaloraError, CompressedLinear, Recipe
 from calora_ext.adaptation import Distill, Settings, loop
 from calora_ext.cli import main
+from calora_ext.losa import phases as losa_phases
 from calora_ext.losa import run as losa_run
 from calora_ext.losa.masked import MaskedLinear
 from calora_ext.losa.schedule import sparsity_at
@@ -146,6 +147,22 @@ def test_training_helps_and_the_result_is_measured():
     table = str(trained)
     assert "70.00 %" in table and "mean rank" in table and trained.bytes_after < trained.bytes_before
     json.dumps(trained.to_dict())
+
+
+@pytest.mark.parametrize("distill", [None, Distill(logits=1.0)], ids=["alone", "distilled"])
+def test_the_models_own_dropout_is_off_where_it_is_distilled(monkeypatch, distill):
+    """GPT-2 has 0.1 of it."""
+    model, still, train = gpt2(), [], losa_phases.train
+
+    def spy(model, *args, **options):
+        assert model.training
+        still.append(torch.equal(model(IDS).logits, model(IDS).logits))
+        return train(model, *args, **options)
+
+    monkeypatch.setattr(losa_phases, "train", spy)
+    adapt(model, sparsity=0.5, distill=distill)
+    assert still == [distill is not None] * 3
+    assert {m.p for m in model.modules() if isinstance(m, nn.Dropout)} == {0.1} and not model.training
 
 
 def test_other_architectures(trained):

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from ..io.recovery import has_recovery, read_recovery
 from ..linear import CompressedLinear
 from ..lowrank import Branch, Factors
 from .config import Lora, Recovery, Sites, matches
+from .mode import train_mode
+from .teacher import frozen
 
 _HEADS = ("score", "classifier")  # what PEFT's SEQ_CLS trains in full beside the LoRA
 
@@ -187,53 +189,16 @@ def training(
 def start_training(
     model: nn.Module, name: str, plan: Plan, lora: Lora | None, recovery: Recovery | None, distilled: bool
 ) -> Callable[[], None]:
-    """Turn an adapter into parameters, freeze the rest, and put the model in train mode. Returns what undoes all of it.
-
-    distilled: the model's own dropout is off, as its teacher's is. The noise would be most of the distance between the two: all-MiniLM
-    on SST-2 got worse with every step of distillation by it (benchmarks/NOTES.md). That of the branches acts as asked for.
-    """
-    modes = {m: m.training for m in model.modules()}
-    noise = list(_dropouts(model)) if distilled else []
-    recording = [p for p in model.parameters() if p.requires_grad]
-    started, heads = [], []
-
-    def finish() -> None:
-        for bank in started:
-            bank.finish_training(name)
-        for head in heads:
-            head.finish()
-        for p in recording:
-            p.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
-        for module, key, probability in noise:
-            setattr(module, key, probability)
-
-    for p in recording:
-        p.requires_grad_(False)
-    try:
-        model.train()
-        for module, key, _ in noise:
-            setattr(module, key, 0.0)
+    """Turn an adapter into parameters, freeze the rest, and put the model in train mode (``train_mode``). Returns what undoes all of it."""
+    with ExitStack() as undo:
+        undo.enter_context(frozen(model))
+        undo.enter_context(train_mode(model, distilled))
         for path, bank in adapter_banks(model, name).items():
-            rates = (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0)
-            bank.train_adapter(name, rates)
-            started.append(bank)
+            bank.train_adapter(name, (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0))
+            undo.callback(bank.finish_training, name)
         if plan.head is not None:
-            heads.append(_TrainedHead(model.get_submodule(plan.head)))
-    except BaseException:
-        finish()
-        raise
-    return finish
-
-
-def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str, float]]:
-    """(module, attribute, probability) of a transformers model: of modules, and of functions, which find it as ``dropout`` or
-    ``attention_dropout`` where they are called."""
-    for module in model.modules():
-        for key, value in vars(module).items():
-            if isinstance(value, float) and (key.endswith("dropout") or (key == "p" and isinstance(module, nn.Dropout))):
-                yield module, key, value
+            undo.callback(_TrainedHead(model.get_submodule(plan.head)).finish)
+        return undo.pop_all().close
 
 
 def trained_parameters(model: nn.Module, name: str, plan: Plan) -> dict[str, nn.Parameter]:

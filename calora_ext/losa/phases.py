@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adaptation import Distill, Settings
 from ..adaptation.loop import DataOrder, derived_seed, train
+from ..adaptation.mode import train_mode
 from ..adaptation.objective import Objective, Targets
 from ..adaptation.run import checkpointed
 from ..adaptation.teacher import LiveTeacher
@@ -178,7 +177,7 @@ class Run:
         for layer in self.layers.values():
             layer.prepared = {"at": layer.mask.flatten().nonzero().flatten()}
             layer.adapt(1, SCALE, torch.Generator().manual_seed(0))  # U is 0: it changes nothing
-        with checkpointed(self.model, self.settings), _training(self.model), torch.random.fork_rng():
+        with checkpointed(self.model, self.settings), train_mode(self.model, self.distill is not None), torch.random.fork_rng():
             torch.manual_seed(derived_seed(self.settings.seed, "probe", phase["pruning"]))
             for begin in range(first, first + PROBES * size, size):
                 batch = collate([samples[order[i]] for i in range(begin, begin + size)], self.pad_id)
@@ -234,7 +233,7 @@ class Run:
         )  # fmt: skip
         parameters = {f"{name}.{key}": p for name, layer in self.layers.items() for key, p in layer.named_parameters(recurse=False) if key != "bias"}
         teacher = None if self.distill is None else _DenseTeacher(self)
-        with _training(self.model):
+        with train_mode(self.model, self.distill is not None):
             done = train(
                 self.model, parameters, samples, Objective(self.task, self.distill), teacher, own, self.pad_id, self.facts,
                 skip=before * settings.samples_per_step, title=f"adapt {pruning}/{self.plan.prunings}",
@@ -253,15 +252,3 @@ class _DenseTeacher:
     def targets(self, samples: list[Sample], batch: Batch) -> Targets:
         with as_dense(self.layers.values()):
             return self.live.targets(samples, batch)
-
-
-@contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """The model in train mode; afterwards each module as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.train()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -77,6 +77,7 @@ def sparse_adapt(
     init: "zero", as published: a fresh adapter changes nothing; "residual": it begins with what the kept weights can bring back of what the
     pruning took (``Start``). By default "residual" with SparseGPT, whose statistics it needs, which was better (benchmarks/NOTES.md), else "zero". sparse_branch: a share of the kept weights, those with the largest gradient, that train one by one beside the adapter, as in RoSA.
     distill: also learn from the model as it came (``Distill``, its logits' weight 0 where it is None); None, as published: the task's loss alone.
+    With it the dropout that the model itself has is off.
     calibration: texts or token ids for the pruning; default 128 x 512 tokens of the data.
     data, eval_data, tokenizer, task, args, max_length, *_column: as in ``adapt``; args.output_dir and save_steps keep checkpoints, from
     which resume_from_checkpoint=True goes on bit for bit. The steps after the last pruning are 60 % of all, as published.
