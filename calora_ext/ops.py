@@ -9,6 +9,7 @@ x: (..., in_features). W is packed (``formats``). down D: (rank, in_features); u
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from .formats.cuda_order import arrange
 from .formats.layout import TILE_ROWS, VALUE_IDS, Geometry
 
 ACTIVATIONS = {"exact": 0, "int8": 1}
-AUTOCAST = torch.bfloat16
 MOST_PAIRED = 0.6  # share of the weights kept, up to which pairs of rows have fewer bytes than a dense weight (benchmarks/NOTES.md)
 RUNGS = ("reference", "avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
@@ -58,7 +58,7 @@ def linear(
     """The fused layer. Where a gradient is recorded the exact path runs, so that backward is the derivative of forward.
 
     float16 x (which no CPU kernel takes) is computed in float32 and returned as float16. On a GPU, where x is multiplied as it
-    is, activations are always exact.
+    is, activations are always exact. Under autocast x, bias and bank are cast to its dtype first, as nn.Linear's operands are.
 
     row_adapter: on a GPU, one bank for each row of x: (rows,) int64 numbers into stacked banks, down (adapters, rank, in_features)
     and up (adapters, out_features, rank) or tiled (adapters, tiles, rank, 32); -1 for none. For inference only. A number that is
@@ -67,17 +67,20 @@ def linear(
     recording = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up, bias))
     if recording:
         activations = "exact"
+    device = "cuda" if x.is_cuda else "cpu"  # x.device.type takes 0.4 us
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, bias, down, up = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, bias, down, up))
     if x.dtype == torch.float16 and not x.is_cuda:
-        return linear(x.float(), packed, fmt, in_features, out_features, None if bias is None else bias.float(), down, up,
-                      identity_rank, activations, row_adapter).half()  # fmt: skip
+        x, bias, down, up = (t if t is None else t.float() for t in (x, bias, down, up))
+        with _as_they_are(x):
+            return linear(x, packed, fmt, in_features, out_features, bias, down, up, identity_rank, activations, row_adapter).half()
     layer = (packed, fmt.id, in_features, out_features, fmt.group_size)
-    # Autograd and autocast are Python wrappers of several microseconds: they are passed through only where they do something.
-    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")  # x.device.type takes 0.4 us
+    # Autograd is a Python wrapper of several microseconds: it is passed through only where it does something.
     if recording and not torch.compiler.is_compiling():
-        x, bias, down, up = (_autocast(t) if autocast else t for t in (x, bias, down, up))
         args = (x, *layer, bias, down, up, identity_rank, row_adapter, ACTIVATIONS["exact"])
         return _Computed.apply(_Saved.apply(*args), *args)
-    op = torch.ops.calora.linear if recording or autocast else torch.ops.calora.linear_inference
+    op = torch.ops.calora.linear if recording else torch.ops.calora.linear_inference
     return op.default(x, *layer, bias, down, up, identity_rank, row_adapter, ACTIVATIONS[activations])
 
 
@@ -175,11 +178,12 @@ def _backward(ctx, grad):
     x, down, up, *packed = ctx.saved_tensors
     need = ctx.needs_input_grad
     grad = grad.to(x.dtype)
-    dx = torch.ops.calora.linear_dx(grad, packed, *ctx.layer) if need[0] else None
     d_down = d_up = None
-    if down is not None:
-        dx, d_down, d_up = _bank_backward(grad, x, down, up, ctx.identity_rank, dx)
-        d_down, d_up = d_down if need[7] else None, d_up if need[8] else None
+    with _as_they_are(x):
+        dx = torch.ops.calora.linear_dx(grad, packed, *ctx.layer) if need[0] else None
+        if down is not None:
+            dx, d_down, d_up = _bank_backward(grad, x, down, up, ctx.identity_rank, dx)
+            d_down, d_up = d_down if need[7] else None, d_up if need[8] else None
     d_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if need[6] else None
     return dx, [None] * len(packed), None, None, None, None, d_bias, d_down, d_up, None, None, None
 
@@ -216,9 +220,10 @@ class _Computed(torch.autograd.Function):
         return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def _autocast(t: Tensor | None) -> Tensor | None:
-    """As the operator's own autocast casts its arguments."""
-    return t if t is None or t.dtype == torch.float64 else t.to(AUTOCAST)
+def _as_they_are(x: Tensor) -> AbstractContextManager:
+    """No autocast: what was cast has been cast, and products that write into each other need one dtype."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _bank_backward(
@@ -283,7 +288,10 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor | 
     return y.addmm_(rows, weight.t()).view(shape)
 
 
-torch.library.impl("calora::dense_linear", "CompositeExplicitAutograd")(dense_linear)
+@torch.library.impl("calora::dense_linear", "CompositeExplicitAutograd")
+def _(x, weight, bias, down, up, identity_rank, row_adapter):
+    with _as_they_are(x):
+        return dense_linear(x, weight, bias, down, up, identity_rank, row_adapter)
 
 
 @torch.library.register_fake("calora::dense_linear")
@@ -292,5 +300,3 @@ def _(x, weight, bias, down, up, identity_rank, row_adapter):
 
 
 torch.library.register_autograd("calora::linear", _backward, setup_context=_setup_context)
-torch.library.register_autocast("calora::linear", "cpu", AUTOCAST)
-torch.library.register_autocast("calora::linear", "cuda", AUTOCAST)

@@ -83,10 +83,32 @@ def test_compile_fullgraph_dynamic():
             assert torch.equal(compiled(x), layer(x) * 2)
 
 
-def test_autocast_runs_in_bfloat16():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_its_dtype(dtype):
+    """Forward, compiled too, and backward inside of it, whose products write into each other."""
+    x, packed, _, in_, out, _, bias, down, up, *_ = arguments()
     layer = CompressedLinear.from_linear(torch.nn.Linear(96, 64), FMT)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(2, 96)).dtype == torch.bfloat16
+    rows = torch.randn(2, 96)
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        y = layer(rows)
+        assert y.dtype == dtype and torch.equal(torch.compile(layer, backend="aot_eager")(rows), y)
+    leaves = [t.clone().requires_grad_() for t in (x, down, up)]
+    with torch.autocast("cpu", dtype):
+        y = ops.linear(leaves[0], packed, FMT, in_, out, bias, *leaves[1:], len(down))
+        y.float().square().sum().backward()
+    twins = [t.detach().clone().requires_grad_() for t in leaves]
+    ops.linear(twins[0], packed, FMT, in_, out, bias, *twins[1:], len(down)).square().sum().backward()
+    assert y.dtype == dtype
+    for leaf, twin in zip(leaves, twins, strict=True):
+        assert (leaf.grad - twin.grad).norm() < 0.02 * twin.grad.norm()
+
+
+def test_products_of_a_decoded_weight_ignore_autocast():
+    """What a GPU does with many rows runs inside of the operator, where autocast is still on."""
+    x, w, down, up = (torch.randn(*shape).bfloat16() for shape in ((5, 64), (40, 64), (6, 64), (40, 6)))
+    plain = torch.ops.calora.dense_linear(x, w, None, down, up, 2, None)
+    with torch.autocast("cpu", torch.float16):
+        assert torch.equal(torch.ops.calora.dense_linear(x, w, None, down, up, 2, None), plain)
 
 
 def test_float16_input_is_computed_and_returned():
