@@ -316,7 +316,7 @@ def test_where_packed_models_may_be_loaded(built_with_cuda, monkeypatch):
     quantizer = CaloraQuantizer(cx.CaloraConfig(), pre_quantized=True)
     for fine in (None, "auto", "balanced", "cpu", {"": "cpu"}):
         quantizer.validate_environment(device_map=fine)
-    for device_map in (0, "cuda:1", torch.device("cuda"), {"a": 0, "b": 1, "c": "cpu"}):
+    for device_map in (0, "cuda:1", torch.device("cuda"), {"a": 0, "b": 1, "c": "cuda:0"}):
         if built_with_cuda:
             quantizer.validate_environment(device_map=device_map)
             assert quantizer.update_device_map(device_map) == device_map
@@ -325,6 +325,8 @@ def test_where_packed_models_may_be_loaded(built_with_cuda, monkeypatch):
                 quantizer.validate_environment(device_map=device_map)
     with pytest.raises(cx.CaloraError, match="another place" if built_with_cuda else "no CUDA kernels"):
         quantizer.validate_environment(device_map={"a": "cpu", "b": "disk"})
+    with pytest.raises(cx.CaloraError, match="not on both" if built_with_cuda else "no CUDA kernels"):
+        quantizer.validate_environment(device_map={"a": 0, "b": "cpu"})
     assert quantizer.update_device_map("auto") == ("auto" if built_with_cuda else {"": "cpu"})
 
 

@@ -115,6 +115,8 @@ class CaloraQuantizer(HfQuantizer):
             raise CaloraError(f"this build has no CUDA kernels, so compressed models run on the CPU; leave device_map={device_map!r} out")
         if any(not device.isdecimal() and device.partition(":")[0] != "cuda" for device in others):
             raise CaloraError(f"compressed models run on CPUs and NVIDIA GPUs; device_map={device_map!r} asks for another place")
+        if others and "cpu" in map(str, devices):
+            raise CaloraError("a compressed model is on GPUs or on the CPU, not on both, where each call would move its weights; leave the CPU out of device_map")
         if not self.pre_quantized:
             self.quantization_config.recipe = self.quantization_config.recipe.resolve(calibrated=False)
 
