@@ -121,6 +121,21 @@ def test_state_dicts_are_canonical_wherever_the_module_is(fmt, monkeypatch):
     torch.testing.assert_close(layer.decode(), fmt.decode({n: t for n, t in canonical.items() if n != "bias"}, 130, 97))
 
 
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 64, pattern="2:4"), WeightFormat("int4", 64, pattern="unstructured"), WeightFormat("nf4", 64)], ids=str)
+def test_meta_and_back_to_where_weights_are_loaded(fmt, monkeypatch):
+    """``.to("meta")`` of a module on a GPU, and the usual way from there: to_empty, whose bytes are no weights, then load_state_dict."""
+    layer = compress_linear(torch.nn.Linear(130, 97), fmt)
+    canonical = {name: t.clone() for name, t in layer.state_dict().items()}
+    monkeypatch.setattr("calora_ext.packed.arrange", lambda name, t, *rest: (cuda_order.arrange if t.is_meta else cuda_order.to_cuda_order)(name, t, *rest))
+    layer.to(torch.float32)
+    there = [t.clone() for t in layer.packed_tensors().values()]
+    layer.to("meta")
+    assert all(t.is_meta and t.shape == canonical[name].shape for name, t in layer.packed_tensors().items())
+    layer._apply(lambda t: torch.randint(0, 256, t.shape).to(t.dtype))  # to_empty, of memory in which something was
+    layer.load_state_dict(canonical)
+    assert all(map(torch.equal, layer.packed_tensors().values(), there))
+
+
 @pytest.mark.parametrize("density", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("fmt", UNSTRUCTURED, ids=str)

@@ -101,7 +101,9 @@ def from_cuda_order(name: str, tensor: Tensor, fmt: WeightFormat, in_features: i
 
 
 def arrange(name: str, tensor: Tensor, fmt: WeightFormat, in_features: int, out_features: int, packed: Tensor | None = None) -> Tensor:
-    """The tensor in the order of the device it is on; itself if it is already."""
+    """The tensor in the order of the device it is on, canonical on "meta"; itself if it is already."""
+    if tensor.is_meta and in_cuda_order(name, tensor):
+        return tensor.view(fmt.geometry(in_features, out_features).packed_shape if name == "packed" else -1)
     if name == "offsets" or tensor.is_cuda == in_cuda_order(name, tensor):
         return tensor
     return (to_cuda_order if tensor.is_cuda else from_cuda_order)(name, tensor, fmt, in_features, out_features, packed)
