@@ -22,7 +22,7 @@ from .measure import copies_for, interleaved, last_level_cache
 from .recipe import Recipe
 
 DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("nf4", {}), ("int8", {}), ("bf16", {})))
-SPARSE = tuple(Recipe(weights=w, sparsity=s) for w, s in (("int4", "2:4"), ("int4", 0.5), ("int4", 0.7), ("int8", "2:4"), ("int8", 0.7), ("bf16", "2:4"), ("bf16", 0.7)))
+SPARSE = tuple(Recipe(weights=w, sparsity=s) for w in ("int4", "nf4", "int8", "bf16") for s in ("2:4", 0.5, 0.6, 0.7))
 Forward = Callable[..., Tensor]  # (x) or, where the LoRA is fused, (x, down, up) -> y
 
 
