@@ -81,6 +81,17 @@ def compress(model, fmt=None):
     return model
 
 
+def make_gradients_infinite(model):
+    """The loss stays finite; its gradient is inf or NaN everywhere."""
+
+    def explode(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * float("inf"))
+
+    model.get_output_embeddings().register_forward_hook(explode)
+    return model
+
+
 def make_lora(directory, model, seed=3, scale=0.05, **options):
     """A PEFT adapter directory for a model, with values that are not zero, and PEFT's own model of it."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM", **options}

@@ -5,7 +5,17 @@ import shutil
 
 import pytest
 import torch
-from adapt_helpers import compress, make_bert, make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from adapt_helpers import (
+    compress,
+    make_bert,
+    make_classifier,
+    make_gradients_infinite,
+    make_llama,
+    make_lora,
+    make_t5,
+    make_tokenizer,
+    text_of,
+)
 from transformers import TrainingArguments, get_scheduler
 
 import calora_ext as cx
@@ -172,6 +182,23 @@ def test_teacher_has_the_inherited_lora_or_its_own(tmp_path):
     without = run(compress(make_llama()), teacher=make_llama(), distill=Distill(), lora=False).history
     assert "logits" not in without[0] and without[0]["hidden"] != pytest.approx(histories[0][0]["hidden"], rel=1e-3)
     assert cx.list_adapters(bare) == [] and cx.active_adapters(loaded) == ["mine"]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_takes_no_step(max_grad_norm, tmp_path):
+    model = make_gradients_infinite(compress(make_llama()))
+    args = checkpointed(tmp_path, warmup_steps=0, max_grad_norm=max_grad_norm)
+    with pytest.raises(CaloraError, match=r"the norm of the gradient is (inf|nan) at step 1; lower learning_rate \(0\.01\)"):
+        run(model, args=args)
+    assert cx.list_adapters(model) == [] and checkpoint.found_in(tmp_path) == []
+
+
+def test_a_head_keeps_no_gradient_of_a_step_that_failed():
+    model = compress(make_classifier())
+    model.score.register_forward_hook(lambda module, args, output: output.register_hook(lambda grad: grad * float("inf")) and None)
+    with pytest.raises(CaloraError, match="norm of the gradient"):
+        run(model, data=[{"text": "a b", "label": 1}], task="sequence-classification")
+    assert all(p.grad is None for p in model.parameters())
 
 
 # -- the teacher's cache --------------------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ class _TrainedHead:
         self.hook.remove()
         for key, p in self.module.named_parameters():
             p.requires_grad_(False)
+            p.grad = None  # of a step that failed
             p.data = p.data.to(self.dtypes[key])
 
 
