@@ -45,9 +45,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make_llama(seed=0, cls=LlamaForCausalLM, **options):
+def make_llama(seed=0, cls=LlamaForCausalLM, layers=2, **options):
     torch.manual_seed(seed)
-    return cls(LlamaConfig(**SIZES, **IDS, max_position_embeddings=64, initializer_range=0.2, **options)).eval()
+    return cls(LlamaConfig(**SIZES | {"num_hidden_layers": layers}, **IDS, max_position_embeddings=64, initializer_range=0.2, **options)).eval()
 
 
 def make_classifier(seed=0, labels=2):

@@ -413,6 +413,29 @@ def test_bad_input_leaves_the_model_as_it_was(options, says, lora_dir):
     assert cx.list_adapters(model) == [] and not model.training
 
 
+OTHER_MODELS = {
+    "architecture": (make_t5, "seq2seq-lm", r"targets model\.layers\.0\.\S+, which this model does not have"),
+    "fewer layers": (lambda: make_llama(layers=1), "causal-lm", r"targets model\.layers\.1\.\S+, which this model does not have"),
+    "width": (lambda: zoo.dense("llama"), "causal-lm", r"for a 32 x \d+ layer; this one is 64 x"),
+}
+
+
+@pytest.mark.parametrize(("make", "task", "says"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_an_inherited_adapter_of_another_model_is_refused(make, task, says, lora_dir, tmp_path):
+    source, model = compress(make_llama()), compress(make())
+    run(source, lora=False, recovery=Recovery(rank=2))
+    cx.save_adapter(source, "default", tmp_path / "recovery")
+    for directory in (lora_dir, tmp_path / "recovery"):
+        with pytest.raises(CaloraError, match=says):
+            run(model, inherit=directory, task=task, recovery=Recovery(rank=2))
+    assert cx.list_adapters(model) == []
+
+
+def test_an_inherited_lora_that_lacks_a_layer_is_refused(lora_dir):
+    with pytest.raises(CaloraError, match=r"targets model\.layers\.2\.\S+ but holds no tensors for it"):
+        run(compress(make_llama(layers=3)), inherit=lora_dir)
+
+
 def test_config_errors():
     for make in (
         lambda: Lora(rank=0), lambda: Lora(alpha=-1), lambda: Recovery(dropout=1.0), lambda: Recovery(init="svd"), lambda: Distill({"mid:3": 1}),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters import active_adapters, adapter_banks, delete_adapter, install, set_adapter
+from ..adapters import active_adapters, adapter_banks, check_fits, delete_adapter, install, set_adapter
 from ..errors import CaloraError
 from ..io.peft_adapter import CONFIG_NAME, LoraAdapter, read_adapter
 from ..io.recovery import has_recovery, read_recovery
@@ -45,8 +45,11 @@ class Plan:
 def plan(model: nn.Module, task: str, lora: Lora | None, recovery: Recovery | None, inherited: Inherited | None = None) -> Plan:
     """Which layers get what. lora None: what is inherited, as it is. Works on any device, meta included.
 
-    Raises CaloraError where a name or an expression chooses no layer, or where the inherited adapter is larger than what is asked for.
+    Raises CaloraError where a name or an expression chooses no layer, or where the inherited adapter is larger than what is asked for or
+    belongs to another model.
     """
+    if inherited is not None:
+        check_fits(model, str(inherited.directory), inherited.lora, inherited.recovery)
     ranks = {path: f.rank for path, f in inherited.lora.factors.items()} if inherited else {}
     if lora is not None:
         for path in sites(model, lora.targets, "Lora(targets=...)"):
@@ -104,6 +107,7 @@ def head_of(model: nn.Module) -> str:
 class Inherited:
     """What an adapter directory holds. digest: of its files."""
 
+    directory: Path
     lora: LoraAdapter
     recovery: dict[str, Branch]
     digest: str
@@ -121,7 +125,7 @@ def read_inherited(directory: str | os.PathLike) -> Inherited:
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".safetensors"):
             digest.update(path.name.encode() + path.read_bytes())
-    return Inherited(lora, half.factors if half else {}, digest.hexdigest())
+    return Inherited(directory, lora, half.factors if half else {}, digest.hexdigest())
 
 
 def attach(
