@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 
 import calora_ext as cx
 from calora_ext import CaloraError, WeightFormat
-from calora_ext.adaptation import Distill, Lora, Recovery, Settings, preset, student
+from calora_ext.adaptation import Distill, Lora, Recovery, Settings, cache_teacher, preset, student
 from calora_ext.adapters import adapter_banks
 
 EXACT = WeightFormat("bf16")
@@ -392,6 +392,11 @@ def test_every_architecture_compressed_saved_loaded_and_adapted(name, dtype, tmp
         ({"lora": False, "inherit": "lora"}, "inherits nothing"),
         ({"lora": False, "recovery": None}, "nothing to train"),
         ({"lora": True}, "must be None, False"),
+        ({"lora": 3}, "lora must be None, False or a calora_ext.adaptation.Lora, got 3"),
+        ({"recovery": 8}, "recovery must be None or a calora_ext.adaptation.Recovery, got 8"),
+        ({"distill": 0.5}, "distill must be None or a calora_ext.adaptation.Distill, got 0.5"),
+        ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, got NoneType"),
+        ({"tokenizer": "x"}, "tokenizer must be a transformers tokenizer, got str"),
         ({"task": "ner"}, "not a task"),
         ({"args": 3}, "TrainingArguments"),
         ({"inherit": "missing"}, "missing"),
@@ -411,6 +416,17 @@ def test_bad_input_leaves_the_model_as_it_was(options, says, lora_dir):
     with pytest.raises(CaloraError, match=says):
         run(model, **options)
     assert cx.list_adapters(model) == [] and not model.training
+
+
+@pytest.mark.parametrize("model", [None, "dense", torch.nn.Linear(32, 32)], ids=["none", "directory", "module"])
+def test_what_is_no_transformers_model_is_refused(model):
+    kind = type(model).__name__
+    with pytest.raises(CaloraError, match=f"^model must be a transformers model, got {kind}; load it"):
+        run(model)
+    with pytest.raises(CaloraError, match=f"^model must be a transformers model, got {kind}; load it"):
+        cx.sparse_adapt(model, data=TEXTS, tokenizer=make_tokenizer(), sparsity=0.5)
+    with pytest.raises(CaloraError, match=f"^teacher must be a transformers model, got {kind}; load it"):
+        cache_teacher("cache", model, data=TEXTS, tokenizer=make_tokenizer())
 
 
 OTHER_MODELS = {

@@ -267,6 +267,8 @@ def test_cache_of_another_run_is_refused(tmp_path):
         run(compress(make_llama()), teacher_cache=tmp_path / "none", distill=Distill())
     with pytest.raises(CaloraError, match="exists already"):
         cache_teacher(path, dense, data=TEXTS, tokenizer=make_tokenizer())
+    with pytest.raises(CaloraError, match="distill must be a "):
+        cache_teacher(tmp_path / "none", dense, data=TEXTS, tokenizer=make_tokenizer(), distill=None)
     manifest = json.loads((path / "teacher.json").read_text())
     for damage in ({"shards": []}, {"about": None}, {"shards": dict.fromkeys(manifest["shards"], 3)}):
         (path / "teacher.json").write_text(json.dumps(manifest | damage))
@@ -522,6 +524,14 @@ def test_settings_count_steps_and_refuse_nonsense():
     ):
         with pytest.raises(CaloraError):
             Settings(**options)
+    for name, value, kind in [
+        ("warmup_steps", float("nan"), "a finite number"), ("num_train_epochs", float("inf"), "a finite number"), ("weight_decay", "0.1", "a finite number"),
+        ("max_grad_norm", float("nan"), "a finite number"), ("learning_rate", None, "a finite number"), ("max_steps", 1.5, "a whole number"),
+        ("per_device_train_batch_size", 2.5, "a whole number"), ("seed", True, "a whole number"), ("save_total_limit", 0.5, "a whole number"),
+    ]:  # fmt: skip
+        with pytest.raises(CaloraError, match=f"^{name} must be {kind}, got {value!r}$"):
+            Settings(**{name: value})
+    assert Settings(max_grad_norm=float("inf"), data_seed=None, learning_rate=1).learning_rate == 1
 
 
 def test_data_order_visits_everything_once_an_epoch():

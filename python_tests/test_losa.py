@@ -372,6 +372,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
         ({"recipe": Recipe(sparsity=0.5, pruner="wanda"), "revive": True}, "revive=True has no meaning for pruner='wanda'"),
         ({"recipe": Recipe(sparsity=0.5, rates={"model.layers.9": 0.5})}, "rates names 'model.layers.9'"),
         ({"recipe": Recipe(weights="int4", sparsity=0.5, rounding="gptq"), "on_grid": True}, "leave one of them out"),
+        ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, got NoneType"), ({"distill": 0.5}, "distill must be None or"),
         ({"task": "translation"}, "not a task"), ({"distill": Distill(hidden={9: 1.0})}, "no hidden state 9"),
     ],
 )  # fmt: skip

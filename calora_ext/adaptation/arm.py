@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from ..adapters import list_adapters
+from ..arguments import require_kind, require_model
 from ..errors import CaloraError
 from ..io.batches import Sample, sample_key
 from . import cache, student
@@ -118,8 +119,10 @@ class Arm:
 
 def _check(model, teacher, teacher_cache, inherit, lora, recovery, distill) -> None:
     """Raises CaloraError unless the pieces make one run."""
-    if lora is True or not (lora is None or lora is False or isinstance(lora, Lora)):
-        raise CaloraError(f"lora must be None, False or a calora_ext.adaptation.Lora, got {lora!r:.60}")
+    require_model("model", model)
+    require_kind("lora", None if lora is False else lora, Lora, "None, False")
+    require_kind("recovery", recovery, Recovery)
+    require_kind("distill", distill, Distill)
     if lora is False and inherit is not None:
         raise CaloraError(
             "lora=False trains recovery alone and inherits nothing; drop inherit (a teacher may have its adapter loaded by hand)"
