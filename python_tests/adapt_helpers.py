@@ -62,10 +62,10 @@ def make_bert(seed=0, labels=2):
     ).eval()
 
 
-def make_t5(seed=0, dropout=0.0):
+def make_t5(seed=0, dropout=0.0, decoder_layers=2):
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=len(VOCABULARY), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=dropout,
+        vocab_size=len(VOCABULARY), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=decoder_layers, num_heads=2, dropout_rate=dropout,
         pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()

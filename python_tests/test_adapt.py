@@ -429,6 +429,29 @@ def test_what_is_no_transformers_model_is_refused(model):
         cache_teacher("cache", model, data=TEXTS, tokenizer=make_tokenizer())
 
 
+TEACHERS = {
+    "encoder-decoder": (make_llama, make_t5, "the teacher has model_type t5, the student llama"),
+    "classifier": (make_llama, make_bert, "the teacher has model_type bert, the student llama"),
+    "same width": (lambda: zoo.dense("llama"), lambda: zoo.dense("gpt2"), "the teacher has model_type gpt2, the student llama"),
+    "depth": (make_llama, lambda: make_llama(layers=5), "the teacher has num_hidden_layers 5, the student 2"),
+    "width": (make_llama, lambda: zoo.dense("llama"), "the teacher has hidden_size 64, the student 32"),
+    "decoder": (make_t5, lambda: make_t5(decoder_layers=3), "the teacher has num_decoder_layers 3, the student 2"),
+    "head": (make_llama, make_classifier, "the teacher is a LlamaForSequenceClassification, the student a LlamaForCausalLM, with another head"),
+    "labels": (make_classifier, lambda: make_classifier(labels=3), "the teacher has num_labels 3, the student 2"),
+    "directory": (make_llama, lambda: "dense", "teacher must be a transformers model, got str"),
+}
+
+
+@pytest.mark.parametrize("options", [{"distill": Distill()}, {"recovery": Recovery(init="residual")}], ids=["distilled", "residual"])
+@pytest.mark.parametrize(("make", "teacher", "says"), TEACHERS.values(), ids=TEACHERS)
+def test_a_teacher_of_another_architecture_is_refused(make, teacher, says, options):
+    model = compress(make())
+    task = {make_t5: "seq2seq-lm", make_classifier: "sequence-classification"}.get(make, "causal-lm")
+    with pytest.raises(CaloraError, match=says):
+        run(model, teacher=teacher(), task=task, **options)
+    assert cx.list_adapters(model) == []
+
+
 OTHER_MODELS = {
     "architecture": (make_t5, "seq2seq-lm", r"targets model\.layers\.0\.\S+, which this model does not have"),
     "fewer layers": (lambda: make_llama(layers=1), "causal-lm", r"targets model\.layers\.1\.\S+, which this model does not have"),

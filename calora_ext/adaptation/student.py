@@ -94,8 +94,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape)
 
 
-def head_of(model: nn.Module) -> str:
+def heads(model: nn.Module) -> tuple[str | None, bool]:
+    """The name of a classification head, if there is one, and whether there is an output matrix over the vocabulary."""
     found = next((name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)), None)
+    return found, hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+
+
+def head_of(model: nn.Module) -> str:
+    found, _ = heads(model)
     if found is None:
         raise CaloraError(
             f"{type(model).__name__} has no head called {' or '.join(_HEADS)}; load it with AutoModelForSequenceClassification"
