@@ -161,6 +161,19 @@ def test_larger_lora_matches_the_parameters_of_recovery(lora_dir):
         run(compress(make_llama()), inherit=lora_dir, lora=Lora(rank=3))
 
 
+def test_a_lora_above_the_size_of_its_layer_is_refused_unless_inherited(tmp_path):
+    """Its product has no more than the layer's rank; recovery, which is not linear, may have more."""
+    with pytest.raises(CaloraError, match=r"Lora\(rank=33\) is above the size of model\.layers\.0\.self_attn\.q_proj, which is 32"):
+        run(compress(make_llama()), lora=Lora(rank=33))
+    make_lora(tmp_path, make_llama(), r=40, target_modules=["q_proj"])
+    for lora in (None, Lora(rank=40, targets=["q_proj"])):
+        model = compress(make_llama())
+        run(model, inherit=tmp_path, lora=lora, recovery=Recovery(rank=40))
+        assert {bank.branches("default")[0].rank for bank in adapter_banks(model, "default").values() if bank.branches("default")[0]} == {40}
+    with pytest.raises(CaloraError, match=r"Lora\(rank=41\) is above"):
+        run(compress(make_llama()), inherit=tmp_path, lora=Lora(rank=41, targets=["q_proj"]))
+
+
 # -- training -------------------------------------------------------------------------------------------------------------
 
 ARMS = [

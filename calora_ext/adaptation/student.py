@@ -45,8 +45,8 @@ class Plan:
 def plan(model: nn.Module, task: str, lora: Lora | None, recovery: Recovery | None, inherited: Inherited | None = None) -> Plan:
     """Which layers get what. lora None: what is inherited, as it is. Works on any device, meta included.
 
-    Raises CaloraError where a name or an expression chooses no layer, or where the inherited adapter is larger than what is asked for or
-    belongs to another model.
+    Raises CaloraError where a name or an expression chooses no layer, where a LoRA would be larger than its layer,
+    or where the inherited adapter is larger than what is asked for or belongs to another model.
     """
     if inherited is not None:
         check_fits(model, str(inherited.directory), inherited.lora, inherited.recovery)
@@ -57,6 +57,9 @@ def plan(model: nn.Module, task: str, lora: Lora | None, recovery: Recovery | No
                 raise CaloraError(
                     f"the inherited LoRA has rank {ranks[path]} at {path}, more than Lora(rank={lora.rank}); ask for at least that, or pass lora=None"
                 )
+            size = min(features(model.get_submodule(path)))
+            if ranks.get(path, 0) < lora.rank and lora.rank > size:  # what is inherited may stay as it is
+                raise CaloraError(f"Lora(rank={lora.rank}) is above the size of {path}, which is {size}; ask for a smaller rank or other targets")
             ranks[path] = lora.rank
     recovered = {} if recovery is None else dict.fromkeys(sites(model, recovery.sites, "Recovery(sites=...)"), recovery.rank)
     return Plan(ranks, recovered, head_of(model) if task == "sequence-classification" else None)
