@@ -45,9 +45,9 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 IDS = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
-def make_llama(seed=0, cls=LlamaForCausalLM, **options):
+def make_llama(seed=0, cls=LlamaForCausalLM, layers=2, **options):
     torch.manual_seed(seed)
-    return cls(LlamaConfig(**SIZES, **IDS, max_position_embeddings=64, initializer_range=0.2, **options)).eval()
+    return cls(LlamaConfig(**SIZES | {"num_hidden_layers": layers}, **IDS, max_position_embeddings=64, initializer_range=0.2, **options)).eval()
 
 
 def make_classifier(seed=0, labels=2):
@@ -62,10 +62,10 @@ def make_bert(seed=0, labels=2):
     ).eval()
 
 
-def make_t5(seed=0, dropout=0.0):
+def make_t5(seed=0, dropout=0.0, decoder_layers=2):
     torch.manual_seed(seed)
     config = T5Config(
-        vocab_size=len(VOCABULARY), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, dropout_rate=dropout,
+        vocab_size=len(VOCABULARY), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_decoder_layers=decoder_layers, num_heads=2, dropout_rate=dropout,
         pad_token_id=0, eos_token_id=2, decoder_start_token_id=0,
     )  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
@@ -78,6 +78,17 @@ def compress(model, fmt=None):
         if type(layer) is torch.nn.Linear and not {"lm_head", "score", "classifier"} & set(path.split(".")):
             parent, _, child = path.rpartition(".")
             setattr(model.get_submodule(parent), child, compress_linear(layer, fmt))
+    return model
+
+
+def make_gradients_infinite(model):
+    """The loss stays finite; its gradient is inf or NaN everywhere."""
+
+    def explode(module, args, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: grad * float("inf"))
+
+    model.get_output_embeddings().register_forward_hook(explode)
     return model
 
 

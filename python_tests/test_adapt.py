@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaConfi
 
 import calora_ext as cx
 from calora_ext import CaloraError, WeightFormat
-from calora_ext.adaptation import Distill, Lora, Recovery, Settings, preset, student
+from calora_ext.adaptation import Distill, Lora, Recovery, Settings, cache_teacher, preset, student
 from calora_ext.adapters import adapter_banks
 
 EXACT = WeightFormat("bf16")
@@ -159,6 +159,19 @@ def test_larger_lora_matches_the_parameters_of_recovery(lora_dir):
     assert sum(with_recovery.parameters.values()) == sum(larger.parameters.values())
     with pytest.raises(CaloraError, match="inherited LoRA has rank 4"):
         run(compress(make_llama()), inherit=lora_dir, lora=Lora(rank=3))
+
+
+def test_a_lora_above_the_size_of_its_layer_is_refused_unless_inherited(tmp_path):
+    """Its product has no more than the layer's rank; recovery, which is not linear, may have more."""
+    with pytest.raises(CaloraError, match=r"Lora\(rank=33\) is above the size of model\.layers\.0\.self_attn\.q_proj, which is 32"):
+        run(compress(make_llama()), lora=Lora(rank=33))
+    make_lora(tmp_path, make_llama(), r=40, target_modules=["q_proj"])
+    for lora in (None, Lora(rank=40, targets=["q_proj"])):
+        model = compress(make_llama())
+        run(model, inherit=tmp_path, lora=lora, recovery=Recovery(rank=40))
+        assert {bank.branches("default")[0].rank for bank in adapter_banks(model, "default").values() if bank.branches("default")[0]} == {40}
+    with pytest.raises(CaloraError, match=r"Lora\(rank=41\) is above"):
+        run(compress(make_llama()), inherit=tmp_path, lora=Lora(rank=41, targets=["q_proj"]))
 
 
 # -- training -------------------------------------------------------------------------------------------------------------
@@ -392,6 +405,11 @@ def test_every_architecture_compressed_saved_loaded_and_adapted(name, dtype, tmp
         ({"lora": False, "inherit": "lora"}, "inherits nothing"),
         ({"lora": False, "recovery": None}, "nothing to train"),
         ({"lora": True}, "must be None, False"),
+        ({"lora": 3}, "lora must be None, False or a calora_ext.adaptation.Lora, got 3"),
+        ({"recovery": 8}, "recovery must be None or a calora_ext.adaptation.Recovery, got 8"),
+        ({"distill": 0.5}, "distill must be None or a calora_ext.adaptation.Distill, got 0.5"),
+        ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, got NoneType"),
+        ({"tokenizer": "x"}, "tokenizer must be a transformers tokenizer, got str"),
         ({"task": "ner"}, "not a task"),
         ({"args": 3}, "TrainingArguments"),
         ({"inherit": "missing"}, "missing"),
@@ -411,6 +429,63 @@ def test_bad_input_leaves_the_model_as_it_was(options, says, lora_dir):
     with pytest.raises(CaloraError, match=says):
         run(model, **options)
     assert cx.list_adapters(model) == [] and not model.training
+
+
+@pytest.mark.parametrize("model", [None, "dense", torch.nn.Linear(32, 32)], ids=["none", "directory", "module"])
+def test_what_is_no_transformers_model_is_refused(model):
+    kind = type(model).__name__
+    with pytest.raises(CaloraError, match=f"^model must be a transformers model, got {kind}; load it"):
+        run(model)
+    with pytest.raises(CaloraError, match=f"^model must be a transformers model, got {kind}; load it"):
+        cx.sparse_adapt(model, data=TEXTS, tokenizer=make_tokenizer(), sparsity=0.5)
+    with pytest.raises(CaloraError, match=f"^teacher must be a transformers model, got {kind}; load it"):
+        cache_teacher("cache", model, data=TEXTS, tokenizer=make_tokenizer())
+
+
+TEACHERS = {
+    "encoder-decoder": (make_llama, make_t5, "the teacher has model_type t5, the student llama"),
+    "classifier": (make_llama, make_bert, "the teacher has model_type bert, the student llama"),
+    "same width": (lambda: zoo.dense("llama"), lambda: zoo.dense("gpt2"), "the teacher has model_type gpt2, the student llama"),
+    "depth": (make_llama, lambda: make_llama(layers=5), "the teacher has num_hidden_layers 5, the student 2"),
+    "width": (make_llama, lambda: zoo.dense("llama"), "the teacher has hidden_size 64, the student 32"),
+    "decoder": (make_t5, lambda: make_t5(decoder_layers=3), "the teacher has num_decoder_layers 3, the student 2"),
+    "head": (make_llama, make_classifier, "the teacher is a LlamaForSequenceClassification, the student a LlamaForCausalLM, with another head"),
+    "labels": (make_classifier, lambda: make_classifier(labels=3), "the teacher has num_labels 3, the student 2"),
+    "directory": (make_llama, lambda: "dense", "teacher must be a transformers model, got str"),
+}
+
+
+@pytest.mark.parametrize("options", [{"distill": Distill()}, {"recovery": Recovery(init="residual")}], ids=["distilled", "residual"])
+@pytest.mark.parametrize(("make", "teacher", "says"), TEACHERS.values(), ids=TEACHERS)
+def test_a_teacher_of_another_architecture_is_refused(make, teacher, says, options):
+    model = compress(make())
+    task = {make_t5: "seq2seq-lm", make_classifier: "sequence-classification"}.get(make, "causal-lm")
+    with pytest.raises(CaloraError, match=says):
+        run(model, teacher=teacher(), task=task, **options)
+    assert cx.list_adapters(model) == []
+
+
+OTHER_MODELS = {
+    "architecture": (make_t5, "seq2seq-lm", r"targets model\.layers\.0\.\S+, which this model does not have"),
+    "fewer layers": (lambda: make_llama(layers=1), "causal-lm", r"targets model\.layers\.1\.\S+, which this model does not have"),
+    "width": (lambda: zoo.dense("llama"), "causal-lm", r"for a 32 x \d+ layer; this one is 64 x"),
+}
+
+
+@pytest.mark.parametrize(("make", "task", "says"), OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_an_inherited_adapter_of_another_model_is_refused(make, task, says, lora_dir, tmp_path):
+    source, model = compress(make_llama()), compress(make())
+    run(source, lora=False, recovery=Recovery(rank=2))
+    cx.save_adapter(source, "default", tmp_path / "recovery")
+    for directory in (lora_dir, tmp_path / "recovery"):
+        with pytest.raises(CaloraError, match=says):
+            run(model, inherit=directory, task=task, recovery=Recovery(rank=2))
+    assert cx.list_adapters(model) == []
+
+
+def test_an_inherited_lora_that_lacks_a_layer_is_refused(lora_dir):
+    with pytest.raises(CaloraError, match=r"targets model\.layers\.2\.\S+ but holds no tensors for it"):
+        run(compress(make_llama(layers=3)), inherit=lora_dir)
 
 
 def test_config_errors():

@@ -5,7 +5,17 @@ import shutil
 
 import pytest
 import torch
-from adapt_helpers import compress, make_bert, make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from adapt_helpers import (
+    compress,
+    make_bert,
+    make_classifier,
+    make_gradients_infinite,
+    make_llama,
+    make_lora,
+    make_t5,
+    make_tokenizer,
+    text_of,
+)
 from transformers import TrainingArguments, get_scheduler
 
 import calora_ext as cx
@@ -174,6 +184,23 @@ def test_teacher_has_the_inherited_lora_or_its_own(tmp_path):
     assert cx.list_adapters(bare) == [] and cx.active_adapters(loaded) == ["mine"]
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_takes_no_step(max_grad_norm, tmp_path):
+    model = make_gradients_infinite(compress(make_llama()))
+    args = checkpointed(tmp_path, warmup_steps=0, max_grad_norm=max_grad_norm)
+    with pytest.raises(CaloraError, match=r"the norm of the gradient is (inf|nan) at step 1; lower learning_rate \(0\.01\)"):
+        run(model, args=args)
+    assert cx.list_adapters(model) == [] and checkpoint.found_in(tmp_path) == []
+
+
+def test_a_head_keeps_no_gradient_of_a_step_that_failed():
+    model = compress(make_classifier())
+    model.score.register_forward_hook(lambda module, args, output: output.register_hook(lambda grad: grad * float("inf")) and None)
+    with pytest.raises(CaloraError, match="norm of the gradient"):
+        run(model, data=[{"text": "a b", "label": 1}], task="sequence-classification")
+    assert all(p.grad is None for p in model.parameters())
+
+
 # -- the teacher's cache --------------------------------------------------------------------------------------------------
 
 DISTILL = Distill({-1: 0.3, -2: 0.1}, logits=0.5, temperature=1.5)
@@ -240,6 +267,8 @@ def test_cache_of_another_run_is_refused(tmp_path):
         run(compress(make_llama()), teacher_cache=tmp_path / "none", distill=Distill())
     with pytest.raises(CaloraError, match="exists already"):
         cache_teacher(path, dense, data=TEXTS, tokenizer=make_tokenizer())
+    with pytest.raises(CaloraError, match="distill must be a "):
+        cache_teacher(tmp_path / "none", dense, data=TEXTS, tokenizer=make_tokenizer(), distill=None)
     manifest = json.loads((path / "teacher.json").read_text())
     for damage in ({"shards": []}, {"about": None}, {"shards": dict.fromkeys(manifest["shards"], 3)}):
         (path / "teacher.json").write_text(json.dumps(manifest | damage))
@@ -495,6 +524,14 @@ def test_settings_count_steps_and_refuse_nonsense():
     ):
         with pytest.raises(CaloraError):
             Settings(**options)
+    for name, value, kind in [
+        ("warmup_steps", float("nan"), "a finite number"), ("num_train_epochs", float("inf"), "a finite number"), ("weight_decay", "0.1", "a finite number"),
+        ("max_grad_norm", float("nan"), "a finite number"), ("learning_rate", None, "a finite number"), ("max_steps", 1.5, "a whole number"),
+        ("per_device_train_batch_size", 2.5, "a whole number"), ("seed", True, "a whole number"), ("save_total_limit", 0.5, "a whole number"),
+    ]:  # fmt: skip
+        with pytest.raises(CaloraError, match=f"^{name} must be {kind}, got {value!r}$"):
+            Settings(**{name: value})
+    assert Settings(max_grad_norm=float("inf"), data_seed=None, learning_rate=1).learning_rate == 1
 
 
 def test_data_order_visits_everything_once_an_epoch():

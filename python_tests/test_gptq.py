@@ -126,7 +126,7 @@ class Words:
     ("calibration", "tokenizer", "message"),
     [
         ([], None, "0 tokens"), ([""], Words(), "0 tokens"), ([[3] * 63], None, "63 tokens"), (["a b c"], Words(), "3 tokens"),
-        (["some text"], None, "pass the tokenizer"), ("some text", Words(), "list of texts"), (7, None, "list of texts"),
+        (["some text"], None, "pass the tokenizer"), (["some text"], "x", "tokenizer must be"), ("some text", Words(), "list of texts"), (7, None, "list of texts"),
         ([[3, 97] * 50], None, r"outside 0\.\.96"), ([[-1] * 100], None, r"outside 0\.\.96"), ([[0.5] * 100], None, "token ids"),
         ([None], None, "token ids"), ([{"a": 1}], None, "token ids"),
     ],

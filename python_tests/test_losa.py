@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 import calora_ext as cx
 from calora_ext import CaloraError, CompressedLinear, Recipe
 from calora_ext.adaptation import Distill, Settings, loop
+from calora_ext.adaptation.objective import Objective
 from calora_ext.cli import main
 from calora_ext.losa import phases as losa_phases
 from calora_ext.losa import run as losa_run
@@ -347,7 +348,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
 
         monkeypatch.setattr(losa_run, "apply", fails)
     else:
-        monkeypatch.setattr(loop, "_step", lambda *arguments: {"loss": float("nan")})
+        monkeypatch.setattr(Objective, "loss", lambda *arguments: {"task": torch.tensor(float("nan"), requires_grad=True)})
     with pytest.raises(CaloraError, match="no more" if where == "packing" else "the loss is nan"):
         adapt(model, sparsity=0.5)
     assert all(model.get_submodule(name) is m for name, m in dense.items()) and not any(isinstance(m, MaskedLinear) for m in model.modules())
@@ -371,6 +372,7 @@ def test_a_failure_leaves_the_model_as_it_was(where, monkeypatch):
         ({"recipe": Recipe(sparsity=0.5, pruner="wanda"), "revive": True}, "revive=True has no meaning for pruner='wanda'"),
         ({"recipe": Recipe(sparsity=0.5, rates={"model.layers.9": 0.5})}, "rates names 'model.layers.9'"),
         ({"recipe": Recipe(weights="int4", sparsity=0.5, rounding="gptq"), "on_grid": True}, "leave one of them out"),
+        ({"tokenizer": None}, "tokenizer must be a transformers tokenizer, got NoneType"), ({"distill": 0.5}, "distill must be None or"),
         ({"task": "translation"}, "not a task"), ({"distill": Distill(hidden={9: 1.0})}, "no hidden state 9"),
     ],
 )  # fmt: skip

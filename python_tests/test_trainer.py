@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import trainer_worker as worker
-from adapt_helpers import compress, make_classifier, make_llama, make_lora, make_t5, make_tokenizer, text_of
+from adapt_helpers import (
+    compress,
+    make_classifier,
+    make_gradients_infinite,
+    make_llama,
+    make_lora,
+    make_t5,
+    make_tokenizer,
+    text_of,
+)
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -210,6 +219,20 @@ def test_a_loss_that_is_not_finite_is_an_error(tmp_path):
         make(model, arguments(tmp_path)).train()
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_that_is_not_finite_takes_no_step(max_grad_norm, tmp_path):
+    trainer = make(make_gradients_infinite(compress(make_llama())), arguments(tmp_path, max_grad_norm=max_grad_norm))
+    start = {name: p.clone() for name, p in tensors_of(trainer, tmp_path / "start").items()}
+    with pytest.raises(CaloraError, match=r"the norm of the gradient is (inf|nan) at step 1; lower learning_rate \(0\.01\)"):
+        trainer.train()
+    assert all(torch.equal(p, start[name]) for name, p in tensors_of(trainer, tmp_path / "end").items())
+
+
+def tensors_of(trainer, directory):
+    trainer.save_model(directory)
+    return tensors(directory)
+
+
 # -- two processes ----------------------------------------------------------------------------------------------------------------
 
 needs_gloo = pytest.mark.skipif(
@@ -273,6 +296,14 @@ def test_a_checkpoint_resumes_however_it_was_sharded(directory):
     for ddp, resharded in zip(found(directory, "ddp"), found(directory, "resharded"), strict=True):
         assert resharded["resumed_at"] == 2
         assert resharded["losses"] == pytest.approx(ddp["losses"], rel=1e-5)
+
+
+@needs_gloo
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_is_an_error_in_both(directory, name):
+    for process in found(directory, f"{name}-diverged"):
+        assert "the norm of the gradient is" in process["error"] and process["step"] == 0
 
 
 @needs_gloo

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from adapt_helpers import make_gradients_infinite
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments
 
@@ -136,6 +137,14 @@ def main(mode, directory):
         t = trainer(directory / "small", directory / "dense", args, callbacks=[start := Start()])
         t.train(resume_from_checkpoint=str(directory / "ddp" / "checkpoint-2"))
         done["resharded"] = {"resumed_at": start.step, **facts(t)}
+        for name, fsdp in (("ddp", None), ("fsdp", True)):
+            t = trainer(directory / "small", directory / "dense", arguments(directory / "diverged", fsdp=fsdp))
+            if rank == 1:
+                make_gradients_infinite(t.model)
+            try:
+                t.train()
+            except cx.CaloraError as error:
+                done[f"{name}-diverged"] = {"error": str(error), "step": t.state.global_step}
     for name, found in done.items():
         (directory / f"{name}-{rank}.json").write_text(json.dumps(found))
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from torch import nn
 
 from ..adapters import list_adapters
+from ..arguments import require_kind, require_model
 from ..errors import CaloraError
 from ..io.batches import Sample, sample_key
 from . import cache, student
 from .config import Distill, Lora, Recovery
 from .loop import derived_seed
 from .residual import TRAINED_BEND, UNTRAINED_BEND, start_from_residual
-from .teacher import LiveTeacher, Teacher, fingerprint, frozen
+from .teacher import LiveTeacher, Teacher, fingerprint, frozen, unwrapped
 
 
 class Arm:
@@ -31,6 +32,8 @@ class Arm:
         inherit: str | os.PathLike | None, lora: Lora | bool | None, recovery: Recovery | None, distill: Distill | None,
     ) -> None:  # fmt: skip
         _check(model, teacher, teacher_cache, inherit, lora, recovery, distill)
+        if teacher is not None:
+            _check_teacher(model, teacher, task)
         if adapter_name in list_adapters(model):
             raise CaloraError(f"adapter {adapter_name!r} is loaded already; choose another adapter_name or delete_adapter it")
         self.model, self.adapter_name, self.task = model, adapter_name, task
@@ -118,8 +121,10 @@ class Arm:
 
 def _check(model, teacher, teacher_cache, inherit, lora, recovery, distill) -> None:
     """Raises CaloraError unless the pieces make one run."""
-    if lora is True or not (lora is None or lora is False or isinstance(lora, Lora)):
-        raise CaloraError(f"lora must be None, False or a calora_ext.adaptation.Lora, got {lora!r:.60}")
+    require_model("model", model)
+    require_kind("lora", None if lora is False else lora, Lora, "None, False")
+    require_kind("recovery", recovery, Recovery)
+    require_kind("distill", distill, Distill)
     if lora is False and inherit is not None:
         raise CaloraError(
             "lora=False trains recovery alone and inherits nothing; drop inherit (a teacher may have its adapter loaded by hand)"
@@ -137,3 +142,22 @@ def _check(model, teacher, teacher_cache, inherit, lora, recovery, distill) -> N
         )
     if teacher is model:
         raise CaloraError("teacher and student are the same model; load the dense model beside the compressed one")
+
+
+# Of a config, by the names that transformers gives them in every architecture, where it has them.
+_ARCHITECTURE = ("model_type", "num_hidden_layers", "num_decoder_layers", "decoder_layers", "hidden_size", "vocab_size")
+
+
+def _check_teacher(model, teacher, task) -> None:
+    """Raises CaloraError unless the teacher is what the student was before compression, but for its weights: hidden states, logits and
+    residuals are compared one by one, and another model of the same width would be imitated without a word."""
+    require_model("teacher", teacher)
+    ours, theirs = ({n: getattr(m.config.get_text_config(), n, None) for n in _ARCHITECTURE} for m in (model, teacher))
+    if task == "sequence-classification":
+        ours["num_labels"], theirs["num_labels"] = model.config.num_labels, teacher.config.num_labels
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise CaloraError(f"the teacher has {name} {theirs[name]}, the student {value}; teach with the model that was compressed")
+    if student.heads(unwrapped(teacher)) != student.heads(unwrapped(model)):
+        kinds = (type(unwrapped(m)).__name__ for m in (teacher, model))
+        raise CaloraError("the teacher is a {}, the student a {}, with another head; teach with the model that was compressed".format(*kinds))

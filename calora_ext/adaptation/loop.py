@@ -72,7 +72,7 @@ def train(
     skip: samples of the data order that an earlier run took. title: of the progress bar.
     best: keeps the parameters with the lowest held-out loss, which the model has afterwards; its measurements are "eval_loss" in the history.
 
-    Raises CaloraError when the loss is no longer finite.
+    Raises CaloraError when the loss or its gradient is no longer finite, before it changes a parameter.
     """
     steps = settings.steps(len(samples))
     optimizer = torch.optim.AdamW(
@@ -102,12 +102,8 @@ def train(
             torch.manual_seed(derived_seed(settings.seed, "step", step))
             first = skip + step * settings.samples_per_step
             picked = [samples[order[i]] for i in range(first, first + settings.samples_per_step)]
-            row = _step(model, parameters, picked, objective, teacher, settings, pad_id, optimizer, settings.rate(step, steps))
+            row = _step(model, parameters, picked, objective, teacher, settings, pad_id, optimizer, settings.rate(step, steps), step + 1)
             history.append({"step": step + 1, **row})
-            if not math.isfinite(row["loss"]):
-                raise CaloraError(
-                    f"the loss is {row['loss']} at step {step + 1}; lower learning_rate ({settings.learning_rate:g}) or raise warmup_steps"
-                )
             tokens += sum(len(s["input_ids"]) for s in picked)
             bar.set_postfix_str(f"loss {row['loss']:.4f}, {tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
             bar.update()
@@ -122,8 +118,8 @@ def train(
     return Trained(history, time.monotonic() - began, tokens, start)
 
 
-def _step(model, parameters, picked, objective, teacher, settings, pad_id, optimizer, rate) -> dict:
-    """One optimiser step over its micro-batches; its losses."""
+def _step(model, parameters, picked, objective, teacher, settings, pad_id, optimizer, rate, number) -> dict:
+    """One optimiser step over its micro-batches, counted from 1; its losses."""
     size = settings.per_device_train_batch_size
     pieces = [picked[i : i + size] for i in range(0, len(picked), size)]
     batches = [collate(piece, pad_id) for piece in pieces]
@@ -138,9 +134,18 @@ def _step(model, parameters, picked, objective, teacher, settings, pad_id, optim
         sum(terms.values()).backward()
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item()
-    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or math.inf)
+    loss = sum(sums.values())
+    require_finite("loss", loss, number, settings.learning_rate)
+    norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm or math.inf).item()
+    require_finite("norm of the gradient", norm, number, settings.learning_rate)  # clipping by it made every gradient NaN
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": sum(sums.values()), **sums, "learning_rate": rate, "grad_norm": norm.item()}
+    return {"loss": loss, **sums, "learning_rate": rate, "grad_norm": norm}
+
+
+def require_finite(what: str, value: float, step: int, learning_rate: float) -> None:
+    """Raises CaloraError where training diverges. step: counted from 1."""
+    if not math.isfinite(value):
+        raise CaloraError(f"the {what} is {value} at step {step}; lower learning_rate ({learning_rate:g}) or raise warmup_steps")

@@ -20,6 +20,7 @@ from ..io.batches import Sample
 from ..linear import CompressedLinear, dense_weight
 from ..lowrank import Factors
 from ..progress import progress
+from .teacher import unwrapped
 
 TOKENS = 16384  # of the training data, at most, for the statistics of the inputs
 BATCH, CUT = 512, 1.25  # tokens in a forward pass of several samples; how much longer than the shortest of them one may be
@@ -115,9 +116,8 @@ def residual(student: nn.Module, teacher: nn.Module, path: str) -> Tensor:
     """W - Ŵ of a layer, (out, in) float32."""
     layer = student.get_submodule(path)
     ours = layer.decode() if isinstance(layer, CompressedLinear) else dense_weight(layer)
-    whole = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher  # PEFT's wrapper
     try:
-        layer = whole.get_submodule(path)
+        layer = unwrapped(teacher).get_submodule(path)
     except AttributeError:
         raise CaloraError(f"the teacher has no layer {path}; distil from the model that was compressed") from None
     layer = getattr(layer, "base_layer", layer)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 class AdaptResult:
     """adapter_name: where the trained adapter is resident. arm: published shorthand, e.g. "i-rc-d" (inherited, recovery, distilled).
 
-    history: one row per optimiser step. eval_before, eval_after: {"loss", and for classification "accuracy"} on eval_data, with
-    the adapter at step 0 and as it was kept; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
+    history: one row per optimiser step. eval_before, eval_after: {"loss", and for classification "accuracy"} on eval_data: of
+    the model with the adapter as it is attached (the inherited branches; fresh ones change nothing yet), without the start that
+    ``Recovery(init="residual")`` then gives it, and with the adapter as it was kept; None without eval_data. parameters: trained ones by kind. adapter_bytes: in fp32.
     run: every setting, and hashes of what went in. peak_rss_bytes: of the whole process so far. resumed_at: the step of the checkpoint it went on from.
     kept_step: the step whose parameters were kept for their loss on eval_data; None if that was not asked for (the last one was).
     """

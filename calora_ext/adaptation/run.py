@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import heap
 from ..adapters import active_adapters, delete_adapter, set_adapter
+from ..arguments import require_model
 from ..errors import CaloraError
 from ..evaluate import accuracy, context_of, mean_loss, pad_id_of, window_of
 from ..io.batches import Sample, task_name, tokenize
@@ -133,6 +134,9 @@ def cache_teacher(
     dtype: float32 or bfloat16, of what is stored. top_k: logits kept per position, None for all. Raises CaloraError.
     """
     task = task_name(task)
+    require_model("teacher", teacher)
+    if not isinstance(distill, Distill):
+        raise CaloraError(f"distill must be a calora_ext.adaptation.Distill, which says what to keep, got {distill!r:.60}")
     columns = {"text_column": text_column, "pair_column": pair_column, "label_column": label_column}
     length = training_length(teacher, max_length)
     samples, _ = samples_of(teacher, tokenizer, data, task, length, columns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 
 from ..errors import CaloraError
 
@@ -17,6 +18,7 @@ _WITHOUT_EFFECT = {
     "remove_unused_columns", "skip_memory_metrics", "save_strategy", "include_num_input_tokens_seen", "local_rank",
     "trackio_space_id", "average_tokens_across_devices", "ddp_timeout", "ddp_broadcast_buffers", "optim",
 }  # fmt: skip
+_NUMBERS = {"int": (Integral, "a whole number"), "float": (Real, "a finite number")}
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -58,6 +60,13 @@ class Settings:
     disable_tqdm: bool | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            kind, value = field.type.removesuffix(" | None"), getattr(self, field.name)
+            if kind in _NUMBERS and not (value is None and field.default is None):
+                number, words = _NUMBERS[kind]
+                endless = field.name == "max_grad_norm" and value == math.inf  # no clipping
+                if isinstance(value, bool) or not isinstance(value, number) or not (math.isfinite(value) or endless):
+                    raise CaloraError(f"{field.name} must be {words}, got {value!r}")
         at_least = {
             "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1, "warmup_steps": 0,
             "weight_decay": 0, "max_grad_norm": 0, "save_steps": 0,

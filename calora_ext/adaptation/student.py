@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapters import active_adapters, adapter_banks, delete_adapter, install, set_adapter
+from ..adapters import active_adapters, adapter_banks, check_fits, delete_adapter, install, set_adapter
 from ..errors import CaloraError
 from ..io.peft_adapter import CONFIG_NAME, LoraAdapter, read_adapter
 from ..io.recovery import has_recovery, read_recovery
@@ -45,8 +45,11 @@ class Plan:
 def plan(model: nn.Module, task: str, lora: Lora | None, recovery: Recovery | None, inherited: Inherited | None = None) -> Plan:
     """Which layers get what. lora None: what is inherited, as it is. Works on any device, meta included.
 
-    Raises CaloraError where a name or an expression chooses no layer, or where the inherited adapter is larger than what is asked for.
+    Raises CaloraError where a name or an expression chooses no layer, where a LoRA would be larger than its layer,
+    or where the inherited adapter is larger than what is asked for or belongs to another model.
     """
+    if inherited is not None:
+        check_fits(model, str(inherited.directory), inherited.lora, inherited.recovery)
     ranks = {path: f.rank for path, f in inherited.lora.factors.items()} if inherited else {}
     if lora is not None:
         for path in sites(model, lora.targets, "Lora(targets=...)"):
@@ -54,6 +57,9 @@ def plan(model: nn.Module, task: str, lora: Lora | None, recovery: Recovery | No
                 raise CaloraError(
                     f"the inherited LoRA has rank {ranks[path]} at {path}, more than Lora(rank={lora.rank}); ask for at least that, or pass lora=None"
                 )
+            size = min(features(model.get_submodule(path)))
+            if ranks.get(path, 0) < lora.rank and lora.rank > size:  # what is inherited may stay as it is
+                raise CaloraError(f"Lora(rank={lora.rank}) is above the size of {path}, which is {size}; ask for a smaller rank or other targets")
             ranks[path] = lora.rank
     recovered = {} if recovery is None else dict.fromkeys(sites(model, recovery.sites, "Recovery(sites=...)"), recovery.rank)
     return Plan(ranks, recovered, head_of(model) if task == "sequence-classification" else None)
@@ -91,8 +97,14 @@ def features(module: nn.Module) -> tuple[int, int]:
     return tuple(module.weight.shape)
 
 
-def head_of(model: nn.Module) -> str:
+def heads(model: nn.Module) -> tuple[str | None, bool]:
+    """The name of a classification head, if there is one, and whether there is an output matrix over the vocabulary."""
     found = next((name for name in _HEADS if isinstance(getattr(model, name, None), nn.Module)), None)
+    return found, hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+
+
+def head_of(model: nn.Module) -> str:
+    found, _ = heads(model)
     if found is None:
         raise CaloraError(
             f"{type(model).__name__} has no head called {' or '.join(_HEADS)}; load it with AutoModelForSequenceClassification"
@@ -104,6 +116,7 @@ def head_of(model: nn.Module) -> str:
 class Inherited:
     """What an adapter directory holds. digest: of its files."""
 
+    directory: Path
     lora: LoraAdapter
     recovery: dict[str, Branch]
     digest: str
@@ -121,7 +134,7 @@ def read_inherited(directory: str | os.PathLike) -> Inherited:
     for path in sorted(directory.iterdir()):
         if path.suffix in (".json", ".safetensors"):
             digest.update(path.name.encode() + path.read_bytes())
-    return Inherited(lora, half.factors if half else {}, digest.hexdigest())
+    return Inherited(directory, lora, half.factors if half else {}, digest.hexdigest())
 
 
 def attach(
@@ -225,6 +238,7 @@ class _TrainedHead:
         self.hook.remove()
         for key, p in self.module.named_parameters():
             p.requires_grad_(False)
+            p.grad = None  # of a step that failed
             p.data = p.data.to(self.dtypes[key])
 
 

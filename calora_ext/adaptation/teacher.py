@@ -36,6 +36,11 @@ class LiveTeacher:
         return Targets(hidden, output.logits if self.distill.logits else None)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model, also where PEFT wraps it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def fingerprint(model: nn.Module) -> str:
     """A hash of a model's parameters and buffers: names, shapes, and up to 1024 evenly spaced values of each."""
     digest = hashlib.blake2b(digest_size=16)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -28,7 +29,7 @@ from ..io.batches import Sample, collate, task_name
 from . import checkpoint
 from .arm import Arm
 from .config import Distill, Lora, Recovery
-from .loop import DataOrder, derived_seed
+from .loop import DataOrder, derived_seed, require_finite
 from .objective import Objective
 from .run import NOT_OF_THE_RUN, checkpointed, samples_of, training_length
 from .settings import Settings
@@ -108,7 +109,7 @@ class CaloraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options):
         """As Trainer's. True starts afresh where there is no whole checkpoint. Raises CaloraError for one of another run, and when the
-        loss is no longer finite."""
+        loss or its gradient is no longer finite."""
         if self._parameters:
             raise CaloraError(
                 "this trainer has sharded the model, which stays so; make another one, on a model loaded anew, to train again"
@@ -124,7 +125,9 @@ class CaloraTrainer(Trainer):
                 self._source = stack.enter_context(teaching)
             stack.enter_context(checkpointed(self.model, args))
             finish = arm.start_training()
-            if not self._sharding:  # FSDP2 has no way back: the adapter stays in training
+            if self._sharding:  # FSDP2 has no way back: the adapter stays in training
+                self.model._calora_unfinished = finish  # which would act when it is collected: the base would be trained too
+            else:
                 stack.callback(self._forget)
                 stack.callback(finish)
             stack.enter_context(self._distributed())
@@ -186,12 +189,16 @@ class CaloraTrainer(Trainer):
         with self.accelerator.autocast():
             targets = None if self._source is None else self._source.targets(samples, inputs)
             loss = sum(self._objective.loss(model, inputs, targets, num_items_in_batch).values())
-        if not loss.isfinite():
-            raise CaloraError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; lower learning_rate ({self.args.learning_rate:g}) or raise warmup_steps"
-            )
+        require_finite("loss", loss.item(), self.state.global_step + 1, self.args.learning_rate)
         loss = loss * self.args.world_size
         return (loss, None) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's, of the averaged gradients and thus the same in every process, none of which takes a step where it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # FSDP2: a process has the norm of its shards
+        require_finite("norm of the gradient", float(norm), self.state.global_step + 1, self.args.learning_rate)
+        return norm
 
     def prediction_step(self, model, inputs, prediction_loss_only: bool, ignore_keys=None):
         """The task's loss alone, a mean over the predictions of the batch."""

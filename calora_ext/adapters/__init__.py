@@ -6,6 +6,7 @@ from .resident import (
     adapter_banks,
     add_adapter,
     base_only,
+    check_fits,
     delete_adapter,
     dense_copy,
     disable_adapters,
@@ -19,7 +20,7 @@ from .resident import (
 )  # fmt: skip
 
 __all__ = [
-    "MergeReport", "active_adapters", "adapter_banks", "add_adapter", "base_only", "delete_adapter", "dense_copy", "disable_adapters",
+    "MergeReport", "active_adapters", "adapter_banks", "add_adapter", "base_only", "check_fits", "delete_adapter", "dense_copy", "disable_adapters",
     "enable_adapters", "enable_hotswap", "install", "list_adapters", "load_adapter", "merge_adapter", "replace_packed", "requantised", "save_adapter",
     "set_adapter",
 ]  # fmt: skip

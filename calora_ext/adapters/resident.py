@@ -331,25 +331,39 @@ def install(model: nn.Module, name: str, adapter: LoraAdapter, recovered: dict[s
     state.resident[name] = entry
 
 
-def _bank(model: nn.Module, path: str, adapter: str, state: _State) -> LowRankBank:
-    """The bank of a layer, made on first use. Raises CaloraError for what is not a linear layer or carries PEFT's LoRA."""
+def check_fits(model: nn.Module, adapter: str, lora: LoraAdapter, recovered: dict[str, Branch]) -> None:
+    """Raises CaloraError where an adapter's branches belong to another model. Works on any device, meta included."""
+    with base_only(model):
+        _refuse_incomplete(model, adapter, lora)
+        for path in dict.fromkeys((*lora.factors, *recovered)):
+            bank = LowRankBank(*_features(_linear(model, path, adapter)), tiled=False)
+            bank.add(adapter, lora.factors.get(path), recovered.get(path))
+
+
+def _linear(model: nn.Module, path: str, adapter: str) -> nn.Module:
+    """The layer that an adapter targets. Raises CaloraError for what is not a linear layer or carries PEFT's LoRA."""
     layer = _module(model, path, adapter)
     if hasattr(layer, "base_layer"):
         raise CaloraError(f"{path} already carries an adapter of PEFT; unload that before loading {adapter!r} natively")
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise CaloraError(f"adapter {adapter!r} targets {path}, whose weight nn.MultiheadAttention reads past the layer; it cannot act there")
+    if not _is_linear(layer):
+        raise CaloraError(f"adapter {adapter!r} targets {path}, a {type(layer).__name__}; only linear layers carry adapters")
+    return layer
+
+
+def _bank(model: nn.Module, path: str, adapter: str, state: _State) -> LowRankBank:
+    """The bank of a linear layer, made on first use."""
+    layer = _linear(model, path, adapter)
     if isinstance(getattr(layer, "bank", None), LowRankBank):
         return layer.bank
     if state.slot_rank is not None:
         raise CaloraError(f"adapter {adapter!r} targets {path}, where enable_hotswap reserved nothing; load it before enable_hotswap")
     if isinstance(layer, CompressedLinear):
-        layer.bank = LowRankBank(layer.in_features, layer.out_features, layer.compute_dtype)
-    elif isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        raise CaloraError(f"adapter {adapter!r} targets {path}, whose weight nn.MultiheadAttention reads past the layer; it cannot act there")
-    elif _is_linear(layer):
-        in_features, out_features = _features(layer)
-        layer.bank = LowRankBank(in_features, out_features, tiled=False)
-        layer.register_forward_hook(_add_low_rank, with_kwargs=True)
+        layer.bank = LowRankBank(*_features(layer), layer.compute_dtype)
     else:
-        raise CaloraError(f"adapter {adapter!r} targets {path}, a {type(layer).__name__}; only linear layers carry adapters")
+        layer.bank = LowRankBank(*_features(layer), tiled=False)
+        layer.register_forward_hook(_add_low_rank, with_kwargs=True)
     layer.bank.train(layer.training)
     return layer.bank
 
@@ -447,6 +461,5 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:
-    """(in_features, out_features) of a dense nn.Linear or transformers' Conv1D, which stores its weight transposed."""
-    out_features, in_features = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.t().shape
-    return in_features, out_features
+    """(in_features, out_features) of nn.Linear, CompressedLinear or transformers' Conv1D, which stores its weight transposed."""
+    return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else tuple(layer.weight.shape)

@@ -50,6 +50,8 @@ def _ids(item: Any, tokenizer: Any) -> Tensor:
     if isinstance(item, str):
         if tokenizer is None:
             raise CaloraError("calibration data is text; pass the tokenizer too")
+        if not callable(tokenizer):
+            raise CaloraError(f"tokenizer must be a transformers tokenizer, got {type(tokenizer).__name__}; load it with AutoTokenizer.from_pretrained")
         item = tokenizer(item)["input_ids"]
     try:
         ids = torch.as_tensor(item)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..arguments import require_tokenizer
 from ..errors import CaloraError
 from .data import Record, labelled
 
@@ -43,6 +44,7 @@ def tokenize(
     one is dropped unless it is the only one), everything else is cut to it. label_names, classes: for classification.
     Raises CaloraError where the records do not fit the task or no sample remains.
     """
+    require_tokenizer(tokenizer)
     if max_length < 2:
         raise CaloraError(f"max_length must be at least 2 tokens, got {max_length}")
     if task == "sequence-classification":

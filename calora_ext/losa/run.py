@@ -15,6 +15,7 @@ from ..adaptation.loop import DataOrder
 from ..adaptation.run import NOT_OF_THE_RUN, evaluate, peak_rss, samples_of, training_length
 from ..adaptation.teacher import fingerprint, frozen
 from ..adapters import list_adapters
+from ..arguments import require_kind, require_model
 from ..compression.apply import apply
 from ..compression.calibrate import PIECE, find_blocks, token_batches
 from ..compression.report import Outcome
@@ -86,6 +87,8 @@ def sparse_adapt(
     """
     began = time.monotonic()
     settings, task = Settings.of(args), task_name(task)
+    require_model("model", model)
+    require_kind("distill", distill, Distill)
     if settings.load_best_model_at_end:
         raise CaloraError("sparse_adapt keeps its last step, the one at the asked sparsity; leave load_best_model_at_end out")
     recipe = _recipe(sparsity, recipe, on_grid)
