@@ -1,6 +1,8 @@
 """Every rung of the fused op against float64: ragged shapes, M from 1 to hundreds, ranks 0 to 64, both activation modes."""
 
+import copy
 import math
+import pickle
 import random
 import weakref
 
@@ -243,6 +245,7 @@ def test_a_layer_runs_in_the_format_that_the_rung_prefers(rung, fmt):
     running_fmt.check(dict(zip(running_fmt.tensors(100, 70), running, strict=True)) if differs else tensors, 100, 70)
     assert ("runs as" in repr(layer)) == differs
     assert layer.running()[0][0] is running[0]  # made once
+    assert copy.deepcopy(layer)._expanded is None and len(pickle.dumps(layer)) < sum(t.numel() for t in tensors.values()) + 8000
     assert all(torch.equal(value, tensors[name]) for name, value in layer.state_dict().items())  # what is saved stays as it was
     for m in (1, 3, 20):
         x = torch.randn(m, 100, generator=torch.Generator().manual_seed(m))
@@ -329,6 +332,31 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rung, fmt, m, activ
         results.append(ops.linear(x, list(packed.values()), fmt, in_, out, bias, down, up, 16, activations))
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("fmt", [WeightFormat(values, *group, pattern=pattern) for pattern, values, *group in (("unstructured", "int8"), ("unstructured", "bf16"), ("paired", "int4", 128))], ids=str)
+def test_tiles_that_hold_more_than_others_lose_nothing_to_threads(rung, fmt, m):
+    """Threads share what is kept, not tiles: here the first, the middle and the last hold everything, the others next to nothing."""
+    in_, out = (256, 192) if rung == "reference" else (1024, 1440)
+    weight, kept = torch.randn(out, in_), torch.rand(out, in_) < 0.02
+    for tile in (0, out // 64, out // 32 - 1):
+        kept[32 * tile : 32 * tile + 32] = True
+    stored = WeightFormat("int4", 128, pattern="unstructured") if fmt.pattern == "paired" else fmt
+    tensors = list(stored.pack(weight, kept).values())
+    dense = ops.decode(tensors, stored, in_, out).double()
+    if fmt.pattern == "paired":
+        tensors = torch.ops.calora.pair(tensors, stored.id, in_, out, stored.group_size)
+    x = torch.randn(m, in_)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        y = ops.linear(x, tensors, fmt, in_, out, activations="exact")
+        assert (y.double() - x.double() @ dense.t()).norm() <= 3e-6 * y.double().norm()
+        if threads == 1:
+            alone = y
+        assert torch.equal(y, alone)
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])

@@ -582,6 +582,7 @@ void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
 template <class V>
 constexpr int64_t most_dense_rows(Values values, Activations activations) {
   if (V::kLanes == 16 || values == Values::bf16) return kDecodeRows;
+  if (activations == Activations::int8 && values == Values::int4 && !V::kVnni) return 4;
   return activations == Activations::int8 || values == Values::int4 ? 5 : 7;
 }
 

@@ -26,11 +26,10 @@ Block block_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t 
     expand_columns(w, tile, block, k, columns, codes);
     b.codes = codes;
   }
-  const uint8_t* nibbles = w.zeros + (tile * g.blocks + block) * kZeroBytes;
   for (int n = 0; n < kTileRows; n += V::kLanes) {
     V::store(b.scale + n, has_scales(w.values) ? block_scale<V>(w.values, w, tile, block, packed, n / V::kLanes) : V::set1(1.0f));
     if (w.zeros) {  // byte i: rows i and 16 + i
-      const auto z = V::widen_u8(nibbles + n % 16);
+      const auto z = V::widen_u8(w.zeros + (tile * g.blocks + block) * kZeroBytes + n % 16);
       V::istore(b.zero + n, n < 16 ? V::iand(z, V::iset1(15)) : V::template shr32<4>(z));
     } else {
       V::istore(b.zero + n, V::iset1(zero_code(w.values)));

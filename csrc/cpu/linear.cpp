@@ -75,6 +75,29 @@ void base_units(void* context, int64_t begin, int64_t end) {
   task->k->tiles(*task->a, begin, end);
 }
 
+// Tiles hold what they keep, some many times as much as others. So threads share the bytes of a weight, in units of kOffsetUnit, and a
+// tile belongs to the thread in whose share it begins.
+int64_t units_before(const Weight& w, int64_t tile) {
+  const int64_t kept = tile < w.g.tiles ? w.chunk(tile, 0) - w.kept : w.kept_limit;
+  return (tile * w.g.tile_bytes + kept) / kOffsetUnit;
+}
+
+int64_t first_tile_from(const Weight& w, int64_t unit) {
+  int64_t low = 0, high = w.g.tiles;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (units_before(w, middle) < unit) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+void kept_units(void* context, int64_t begin, int64_t end) {
+  const Weight& w = static_cast<LinearTask*>(context)->a->w;
+  const int64_t first = begin ? first_tile_from(w, begin) : 0, last = end < units_before(w, w.g.tiles) ? first_tile_from(w, end) : w.g.tiles;
+  if (first < last) base_units(context, first, last);
+}
+
 // Whether the tiles are done sooner by the calling thread than by several, who take 4 to 5 us to start and to wait for. From
 // memory the time of the base is that of its bytes, whatever the number of rows; in cache it goes with the rows.
 bool stays(const LinearArgs& a, const Kernels& k) {
@@ -95,8 +118,10 @@ void linear_pass(const LinearArgs& a, ParallelFor parallel_for) {
     k.prepare(a, 0, a.m);
     if (a.bank.rank) parallel_for(0, a.bank.rank, 1 + kForkWork / (1 + a.w.in_features), down_ranks, &task);
   }
-  const int64_t units = (k.decodes(a) ? 1 : p.blocks) * a.w.g.tiles;
-  parallel_for(0, units, stays(a, k) ? units : 1 + kForkWork / (1 + a.w.in_features * kTileRows), base_units, &task);
+  const int64_t units = (k.decodes(a) ? 1 : p.blocks) * a.w.g.tiles, least = stays(a, k) ? units : 1 + kForkWork / (1 + a.w.in_features * kTileRows);
+  if (!k.decodes(a) || !has_kept(a.w.pattern)) return parallel_for(0, units, least, base_units, &task);
+  const int64_t bytes = units_before(a.w, units);
+  parallel_for(0, bytes, least * (1 + bytes / units), kept_units, &task);
 }
 
 void prepare_grad(void* context, int64_t begin, int64_t end) {

@@ -25,10 +25,7 @@ int64_t most_decoded_rows(const LinearArgs& a) {
   if (a.w.pattern == Pattern::two_four && (integers || bf16)) return kMaxRows;
   if (a.w.pattern == Pattern::bitmask && bf16) return 16;
 #endif
-  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && int8) {
-    if (values == Values::int8) return V::kVnni ? 64 : kMaxRows;
-    if (values == Values::int4) return V::kVnni ? 16 : 64;
-  }
+  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && int8 && values == Values::int8) return V::kVnni ? 64 : kMaxRows;
   return kDecodeRows;
 }
 
