@@ -20,8 +20,7 @@ from ..io.recovery import has_recovery, read_recovery
 from ..linear import CompressedLinear
 from ..lowrank import Branch, Factors
 from .config import Lora, Recovery, Sites, matches
-from .mode import train_mode
-from .teacher import frozen
+from .mode import enter_train_mode
 
 _HEADS = ("score", "classifier")  # what PEFT's SEQ_CLS trains in full beside the LoRA
 
@@ -202,10 +201,12 @@ def training(
 def start_training(
     model: nn.Module, name: str, plan: Plan, lora: Lora | None, recovery: Recovery | None, distilled: bool
 ) -> Callable[[], None]:
-    """Turn an adapter into parameters, freeze the rest, and put the model in train mode (``train_mode``). Returns what undoes all of it."""
+    """Turn an adapter into parameters, freeze the rest, and put the model in train mode (``enter_train_mode``). Returns what undoes all
+    of it; where there is no way back (FSDP2) nothing happens when it is let go of, which the end of a generator would not do."""
     with ExitStack() as undo:
-        undo.enter_context(frozen(model))
-        undo.enter_context(train_mode(model, distilled))
+        for p in [p for p in model.parameters() if p.requires_grad]:
+            undo.callback(p.requires_grad_(False).requires_grad_, True)
+        undo.callback(enter_train_mode(model, distilled))
         for path, bank in adapter_banks(model, name).items():
             bank.train_adapter(name, (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0))
             undo.callback(bank.finish_training, name)

@@ -125,9 +125,7 @@ class CaloraTrainer(Trainer):
                 self._source = stack.enter_context(teaching)
             stack.enter_context(checkpointed(self.model, args))
             finish = arm.start_training()
-            if self._sharding:  # FSDP2 has no way back: the adapter stays in training
-                self.model._calora_unfinished = finish  # which would act when it is collected: the base would be trained too
-            else:
+            if not self._sharding:  # FSDP2 has no way back: the adapter stays in training
                 stack.callback(self._forget)
                 stack.callback(finish)
             stack.enter_context(self._distributed())
