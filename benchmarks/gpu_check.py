@@ -43,11 +43,12 @@ SPEED_UPS = [
     ((1, 8), None, "bf16 unstructured", CUBLAS, 1.4), ((2048,), None, BANK, CUBLAS, 1 / 1.15), ((8,), None, BY_ROW, BANK, 1 / 1.25),
 ]  # fmt: skip
 OF_ONE_ROW = 0.9  # at M = 16, of the speed-up of INT4 over CUBLAS at M = 1
-ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 200)
+ROWS = (1, 2, 3, 8, 9, 16, 17, 64, 65, 97, 128, 200)
 SHAPES = ((64, 32), (300, 97), (1024, 512), (4096, 1000))  # (in, out)
 RANKS = ((0, 0), (8, 8), (16, 0), (80, 16))  # (rank, identity_rank)
 TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 1e-3, torch.float32: 1e-5}  # relative, Frobenius, of fused results
 PREFILL_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}  # torch's own products of rounded weights
+CHECKER_SECONDS = 150  # for all of them
 RESULTS = "gpu_check.json"
 MODELS = ("models", "compiled", "training", "adapters of a model")  # stages of gpu_models.py
 
@@ -102,6 +103,12 @@ def relative(y: Tensor, want: Tensor) -> float:
     return float((y.double() - want).norm() / want.norm())
 
 
+def fused(fmt: WeightFormat, m: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether this GPU takes the fused kernels, or decodes the weight."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    return dtype != torch.float32 and m <= ops.native.fused_rows(10 * major + minor, fmt.id)
+
+
 # -- correctness -------------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +125,7 @@ def correctness(device: str, small: bool = False, formats: list[WeightFormat] = 
                     case = Case(fmt, m, in_, out, rank, identity_rank, dtype, device, seed=count, bank_dtype=(None, torch.float32)[count % 2])
                     tiled = ops.tile_up(case.up) if rank and count % 3 == 0 else None
                     error = relative(case.run(up=tiled), case.wanted())
-                    kind = "fused" if m <= 64 and dtype != torch.float32 else "decoded"
+                    kind = "fused" if fused(fmt, m, dtype) else "decoded"
                     key = f"{kind} {str(dtype).removeprefix('torch.')}"
                     worst[key] = max(worst.get(key, 0.0), error)
                     limit = (TOLERANCE if kind == "fused" else PREFILL_TOLERANCE)[dtype]
@@ -163,7 +170,7 @@ def adapters_by_row(device: str, rows_of_x: tuple[int, ...] = (8, 40, 100)) -> d
         for i, adapter in enumerate(rows.tolist()):
             if adapter >= 0:
                 want[i] += ops.gelu_rows(case.x[i].double() @ down[adapter].double().t(), 8) @ up[adapter].double().t()
-        limit = (TOLERANCE if m <= 64 else PREFILL_TOLERANCE)[torch.bfloat16]
+        limit = (TOLERANCE if fused(case.fmt, m) else PREFILL_TOLERANCE)[torch.bfloat16]
         if not relative(y, want) <= limit:
             failed.append(f"an adapter for each row, m={m}: {relative(y, want):.2e} > {limit:.0e}")
     return {"failed": failed}
@@ -223,13 +230,13 @@ def module_moves(device: str) -> dict:
 def graphs_and_streams(device: str, repeats: int = 1000) -> dict:
     """Capture and replay with changed inputs, a stream of one's own, and 1000 runs that must not differ in a bit."""
 
-    def same(a: Tensor, b: Tensor) -> bool:  # beyond 64 rows it is torch's product, whose bits may depend on the stream
-        return torch.equal(a, b) if len(a) <= 64 else relative(a, b.double()) < PREFILL_TOLERANCE[torch.bfloat16]
+    def same(a: Tensor, b: Tensor) -> bool:  # where the weight is decoded it is torch's product, whose bits may depend on the stream
+        return torch.equal(a, b) if fused(fmt, len(a)) else relative(a, b.double()) < PREFILL_TOLERANCE[torch.bfloat16]
 
     failed = []
     patterns = [WeightFormat("int4", 128, pattern=pattern) for pattern in ("dense", "2:4", "unstructured")]
     others = [WeightFormat("nf4", 64), WeightFormat("nf4", 64, pattern="unstructured"), WeightFormat("int8"), WeightFormat("bf16", pattern="2:4")]
-    for m, fmt in (*((m, patterns[0]) for m in (1, 8, 40, 100)), *((8, fmt) for fmt in (*patterns[1:], *others))):
+    for m, fmt in (*((m, patterns[0]) for m in (1, 8, 40, 100)), (100, others[2]), *((8, fmt) for fmt in (*patterns[1:], *others))):
         case = Case(fmt, m, 1024, 512, 80, 16, torch.bfloat16, device)
         if not same(beside(case.run, device), case.run()):
             failed.append(f"{fmt} m={m}: another result on another stream")
@@ -359,11 +366,12 @@ def on_the_gpu(folder: Path, seconds: float) -> bool:
     for name, stage in stages.items():
         run.stage(name, stage)
     ceiling = run.results["ceilings"].get("read_bytes_per_s", float("nan"))
-    for m in (1, 8, 16, 64, 2048, 65):  # 65 rows are the first to be decoded: beside 64 they tell whether kFusedRows (api.h) is right
+    for m in (1, 8, 16, 64, 65, 129, 2048):  # what is fused and what decoded at 65 and at 129 tells whether csrc/cuda/thresholds.h is right
         for in_, out in SPEED_SHAPES:
             run.stage(f"speed of {out} x {in_}, m={m}", lambda in_=in_, out=out, m=m: speed_rows(in_, out, m, run.results["speed"], ceiling), least=20)
             torch.cuda.empty_cache()
-    run.stage("checkers", lambda: checkers(run.left() - 5))
+        if m == 64:  # the rest is what can be left out
+            run.stage("checkers", lambda: checkers(min(CHECKER_SECONDS, run.left() - 5)))
     return run.finish()
 
 

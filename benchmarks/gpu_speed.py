@@ -170,9 +170,9 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device
     add(PEFT + EAGER, timed_eager(calls, device=device), nbytes + 4 * lora * (in_ + out))
     del dense, adapters, calls
 
-    def peer(name: str, nbytes: int, build: Callable[[int], list[Callable[[], object]]]) -> None:
+    def peer(name: str, nbytes: int, build: Callable[[int], list[Callable[[], object]]], clock: Callable[..., float] = timed) -> None:
         try:
-            add(name, timed(build(copies(nbytes)), device=device), nbytes)
+            add(name, clock(build(copies(nbytes)), device=device), nbytes)
         except Exception as error:
             print(f"  {name}: left out ({said(error)})")
 
@@ -188,13 +188,19 @@ def speed_rows(in_: int, out: int, m: int, rows: list[dict], read: float, device
         layers = [Linear4bit(in_, out, bias=False, compute_dtype=dtype, quant_type="nf4", device=device).to(device) for _ in range(n)]
         return [lambda layer=layer: layer(x) for layer in layers]
 
-    def semi_structured(n: int) -> list[Callable[[], object]]:
+    def two_four(n: int) -> list[Tensor]:
         kept = torch.tensor([1, 1, 0, 0], device=device, dtype=dtype).repeat(in_ // 4)
-        weights = [torch.sparse.to_sparse_semi_structured(torch.randn(out, in_, device=device, dtype=dtype) * kept) for _ in range(n)]
-        return [lambda w=w: torch.nn.functional.linear(x, w) for w in weights]
+        return [torch.randn(out, in_, device=device, dtype=dtype) * kept for _ in range(n)]
+
+    def semi_structured(n: int) -> list[Callable[[], object]]:
+        return [lambda w=w: torch.nn.functional.linear(x, w) for w in map(torch.sparse.to_sparse_semi_structured, two_four(n))]
+
+    def compressed_each_time(n: int) -> list[Callable[[], object]]:
+        return [lambda w=w: torch.nn.functional.linear(x, torch.sparse.to_sparse_semi_structured(w)) for w in two_four(n)]
 
     if m <= 64:  # with 2048 rows it takes 22 times as long as cuBLAS, which is known by now
         peer(INT4PACK, in_ * out // 2, int4pack)
     peer(BITSANDBYTES, in_ * out // 2, bitsandbytes)
-    if m >= 64:  # whether prefill of 2:4 should go that way; at a small M it pads x
+    if m >= 64:  # whether prefill of 2:4 should go that way, which needs the dense weight compressed; at a small M it pads x
         peer(SEMI_STRUCTURED, in_ * out * 9 // 8, semi_structured)
+        peer(SEMI_STRUCTURED + ", compressed each time" + EAGER, nbytes, compressed_each_time, timed_eager)

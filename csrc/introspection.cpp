@@ -1,5 +1,6 @@
 #include "introspection.h"
 
+#include "cuda/thresholds.h"
 #include "kernels.h"
 
 namespace calora {
@@ -50,6 +51,10 @@ const char* cuda_architectures() {
 #else
   return "";
 #endif
+}
+
+int64_t fused_rows(int architecture, int format) {
+  return cuda::fused_rows(architecture, static_cast<Pattern>(format / 16), static_cast<Values>(format % 16));
 }
 
 const char* layout_constant_name(int i) { return kConstants[i].name; }

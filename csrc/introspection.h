@@ -12,6 +12,7 @@ CALORA_EXPORT int isa_available(const char** names, int capacity);
 CALORA_EXPORT int cpu_features(const char** names, int capacity);
 CALORA_EXPORT const char* build_info();
 CALORA_EXPORT const char* cuda_architectures();
+CALORA_EXPORT int64_t fused_rows(int architecture, int format);
 
 constexpr int kLayoutConstants = 7;
 CALORA_EXPORT const char* layout_constant_name(int i);

@@ -27,6 +27,8 @@ PYBIND11_MODULE(_native, m) {
   }, "Instruction sets of this processor that kernels know about.");
   m.def("build_info", &calora::build_info, "Compiler, date-free description of the build.");
   m.def("cuda_architectures", &calora::cuda_architectures, "What the CUDA kernels were compiled for; empty without them.");
+  m.def("fused_rows", &calora::fused_rows, py::arg("architecture"), py::arg("format"),
+        "Up to how many rows of x in bf16 or fp16 a GPU multiplies with the packed weight itself; architecture: 10 x compute capability.");
   m.def("layout_constants", [] {
     py::dict d;
     for (int i = 0; i < calora::kLayoutConstants; ++i) d[calora::layout_constant_name(i)] = calora::layout_constant(i);

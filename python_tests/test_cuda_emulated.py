@@ -35,7 +35,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 BOOK_ROUNDING = {torch.bfloat16: 9.5e-4, torch.float16: 1e-4}  # of normal weights, relative
 # (m, in, out, rank, identity_rank): every width of the mma, ragged rows and columns, warps without work, rings that go round
 CASES = [(1, 64, 32, 0, 0), (3, 300, 70, 17, 8), (8, 2600, 33, 4, 4), (9, 130, 33, 5, 0), (17, 104, 64, 3, 1), (40, 257, 33, 9, 9),
-         (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0)]  # fmt: skip
+         (64, 1056, 32, 8, 2), (70, 64, 40, 0, 0), (101, 64, 33, 3, 1)]  # fmt: skip
 # What planted bugs are looked for in.
 FORMATS_OF_BUGS = [WeightFormat("int4", 96), WeightFormat("int4", 128), WeightFormat("int4", 32, symmetric=False), WeightFormat("int8"), WeightFormat("bf16"),
                    WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", 128, pattern="2:4"), WeightFormat("bf16", pattern="2:4"),

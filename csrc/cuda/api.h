@@ -51,7 +51,6 @@ enum class Dtype : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 constexpr int64_t kChunkColumns = 32;
 constexpr int64_t kBatchAlign = 8;      // t is padded to a multiple of this many rows of x: the n8 of the mma
 constexpr int kInvalidValue = 1;        // cudaErrorInvalidValue
-constexpr int64_t kFusedRows = 64;      // M up to which the linear kernels are the better way; see ops.cpp
 
 // nf4: the code that each place of the GPU's table stands for. Place 0 is the weight 0; why the others lie as they do: values.cuh.
 constexpr int kNf4Code[16] = {7, 0, 1, 2, 8, 9, 10, 11, 6, 5, 4, 3, 15, 12, 14, 13};
@@ -113,6 +112,8 @@ int calora_cuda_copy_rows(void* target, int64_t target_stride, const void* sourc
 int calora_cuda_read(const void* data, int64_t bytes, void* partial, uint64_t* result, void* stream);
 // Makes `device` this runtime's current one: it is linked statically and knows nothing of what torch's runtime has set.
 int calora_cuda_set_device(int device);
+// 10 x the compute capability of a device.
+int calora_cuda_architecture(int device, int* architecture);
 const char* calora_cuda_error(int code);
 }
 

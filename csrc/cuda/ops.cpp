@@ -1,7 +1,7 @@
 // The operators on CUDA tensors: checks, and which kernels a call takes. Like csrc/ops.cpp it sees torch only through the stable
 // ABI, and no CUDA header: the same binary loads beside a torch without CUDA.
 //
-// Few rows of x (M <= kFusedRows, bf16 or fp16): one or two launches of our own, the packed weight read once. More rows, or fp32:
+// Few rows of x (thresholds.h) in bf16 or fp16: one or two launches of our own, the packed weight read once. More rows, or fp32:
 // the weight is decoded to x's dtype and torch's matrix product does the rest. Activations are exact either way.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "api.h"
+#include "thresholds.h"
 
 namespace calora::cuda {
 namespace {
@@ -143,6 +144,15 @@ LowRank bank_of(const Tensor& x, const std::optional<Tensor>& down, const std::o
   return b;
 }
 
+// Whether this call is one for the linear kernels.
+bool fused(const LinearArgs& a, int32_t device) {
+  if (static_cast<Dtype>(a.x_dtype) == Dtype::f32) return false;
+  if (a.m <= kAlwaysFused) return true;
+  int architecture = 0;
+  check(calora_cuda_architecture(device, &architecture));
+  return a.m <= fused_rows(architecture, static_cast<Pattern>(a.w.pattern), static_cast<Values>(a.w.values));
+}
+
 int launch_linear(const LinearArgs& a, void* stream) {
   switch (static_cast<Pattern>(a.w.pattern)) {
     case Pattern::dense: return calora_cuda_linear_dense(&a, stream);
@@ -205,7 +215,7 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, int64_t format, int64_t in_f
   a.m = x.numel() / in_features;
   const OnDevice guard(x.get_device_index());
   if (a.m == 0) return torch::stable::new_empty(x, with_last(x, out_features));
-  if (a.m > kFusedRows || dtype == Dtype::f32) {
+  if (!fused(a, x.get_device_index())) {
     const Tensor weight = decode_to(x, a.w, 0, out_features, x.scalar_type(), dtype);
     if (a.bank.rank == 0) return dense_linear(x, weight, bias, std::nullopt, std::nullopt, 0, std::nullopt);
     return dense_linear(x, weight, bias, down, up, identity_rank, row_adapter);

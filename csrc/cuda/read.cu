@@ -44,4 +44,12 @@ extern "C" int calora_cuda_read(const void* data, int64_t bytes, void* partial, 
 
 extern "C" int calora_cuda_set_device(int device) { return cudaSetDevice(device); }
 
+extern "C" int calora_cuda_architecture(int device, int* architecture) {
+  int major = 0, minor = 0;
+  cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (e == cudaSuccess) e = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  *architecture = 10 * major + minor;
+  return e;
+}
+
 extern "C" const char* calora_cuda_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
