@@ -388,6 +388,10 @@ def test_models_that_do_not_fit(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(CaloraError, match="NaN"):
         adapt(model)
+    model = make_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(CaloraError, match=r"pruning 1 of 3: model\.layers\.1: what this block returns is NaN"):
+        adapt(model, recipe=Recipe(weights="bf16", sparsity=0.5, pruner="magnitude"))
     cx.compress(model := make_llama())
     with pytest.raises(CaloraError, match="compressed already"):
         adapt(model)

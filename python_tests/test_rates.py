@@ -148,6 +148,17 @@ def test_similarity_needs_sequences(measured):
         rates.block_similarity(model, blocks, batches[:1] if len(batches[0]) < 8 else [batches[0][:7]], lambda: None)
 
 
+@pytest.mark.parametrize(("rule", "says"), [("rmi", "layers.1: the inputs of this block"), ("owl", "layers.0: its weights or their inputs")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_name_the_block(rule, says, value):
+    """Nothing after the rates looks at them."""
+    model = dense("llama")
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[3] = value
+    with pytest.raises(cx.CaloraError, match=f"{says}.* NaN or infinite"):
+        cx.compress(model, cx.Recipe(sparsity=0.5, rates=rule, pruner="magnitude", rounding="rtn"), calibration=data())
+
+
 # --- the budget ---------------------------------------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ def block_similarity(
 ) -> Tensor:
     """Linear CKA (normalised HSIC) of the inputs of every two blocks, (blocks, blocks) float64; a sample is a sequence.
 
-    One block's inputs are alive at a time. Raises CaloraError for fewer than 8 sequences.
+    One block's inputs are alive at a time. Raises CaloraError for fewer than 8 sequences, and for inputs that are not finite.
     """
     if sum(len(b) for b in batches) < MIN_SEQUENCES:
         raise CaloraError(
@@ -91,6 +91,8 @@ def block_similarity(
     def measure(name: str, _: dict) -> None:
         grams[name] = _centred_gram(entering, residency.rest)
         entering.clear()
+        if not torch.isfinite(grams[name]).all():
+            raise CaloraError(f"{name}: the inputs of this block are NaN or infinite on the calibration data; check the model and the data")
         done()
 
     run_blocks(model, blocks, batches, measure, None, changes=False, residency=residency, observe=lambda _, x: entering.append(x))
@@ -119,7 +121,10 @@ def _centred_gram(inputs: list[Tensor], rest: Callable[[], None]) -> Tensor:
 def block_outliers(
     model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None], residency: Residency = RESIDENT
 ) -> Tensor:
-    """The share of each block's scores |W[i, j]| ||X[j]|| that exceed 5 times their mean over the block, (blocks,) float64."""
+    """The share of each block's scores |W[i, j]| ||X[j]|| that exceed 5 times their mean over the block, (blocks,) float64.
+
+    Raises CaloraError for weights or inputs that are not finite.
+    """
     found = {}
 
     def count(block: str, norms: dict[str, SquaredNorms]) -> None:
@@ -128,6 +133,8 @@ def block_outliers(
             for name in blocks[block] if name in norms
         ]  # fmt: skip
         joined = torch.cat(scores) if scores else torch.zeros(1)
+        if not torch.isfinite(joined).all():
+            raise CaloraError(f"{block}: its weights or their inputs on the calibration data hold NaN or infinite values; check the model and the data")
         found[block] = float((joined > OUTLIER * joined.mean()).double().mean())
         done()
 
