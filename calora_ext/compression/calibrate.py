@@ -10,6 +10,7 @@ depend on scheduling, and only hidden states are alive between blocks.
 from __future__ import annotations
 
 import inspect
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -30,11 +31,11 @@ def token_batches(calibration: Sequence, tokenizer: Any, config: Any) -> list[Te
     """Texts or sequences of token ids -> batches of token ids (sequences, length), all of one length.
 
     The ids are joined and cut into pieces; an incomplete last piece is dropped. Raises CaloraError for data that is
-    empty, shorter than 64 tokens, text without a tokenizer, or ids outside the vocabulary.
+    empty, shorter than 64 tokens, text without a tokenizer, neither text nor ids, or ids outside the vocabulary.
     """
     if isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise CaloraError("calibration must be a list of texts or of token id sequences")
-    stream = torch.cat([torch.empty(0, dtype=torch.long), *(_ids(item, tokenizer) for item in calibration)])
+    stream = torch.cat([torch.empty(0, dtype=torch.long), *(_ids(i, item, tokenizer) for i, item in enumerate(calibration))])
     if len(stream) < MIN_TOKENS:
         raise CaloraError(f"calibration data has {len(stream)} tokens, at least {MIN_TOKENS} are needed (some ten thousand are good)")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -46,7 +47,7 @@ def token_batches(calibration: Sequence, tokenizer: Any, config: Any) -> list[Te
     return list(pieces.split(max(1, BATCH // length, -(-len(pieces) // BATCHES))))
 
 
-def _ids(item: Any, tokenizer: Any) -> Tensor:
+def _ids(number: int, item: Any, tokenizer: Any) -> Tensor:
     if isinstance(item, str):
         if tokenizer is None:
             raise CaloraError("calibration data is text; pass the tokenizer too")
@@ -54,11 +55,9 @@ def _ids(item: Any, tokenizer: Any) -> Tensor:
     try:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0, dtype=torch.bool)
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CaloraError(f"calibration data must be texts or sequences of token ids, got {type(item).__name__} of {ids.dtype}")
-    if not ids.numel() and not isinstance(item, Sequence | Tensor):
-        raise CaloraError(f"calibration data must be texts or sequences of token ids, got {type(item).__name__}")
+        ids = None
+    if ids is None or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        raise CaloraError(f"calibration data must be texts or sequences of token ids; item {number} is {' '.join(reprlib.repr(item).split())}")
     return ids.reshape(-1).long()
 
 
