@@ -1,8 +1,9 @@
 """How sparse each block is: rules that turn one sparsity for the model into one rate per block, and the exact counts they mean.
 
 A rule is a function (sparsity, sizes, measured) -> rates: sizes (blocks,) are the weights of each block in the order of the
-forward pass, measured is what its companion found out about the dense model, or None. A new rule is such a function and a line
-in RULES. Rules need not meet the sparsity exactly: :func:`counts` does, to the weight.
+forward pass, measured is what its companion found out about the dense model, or None. Rules need not meet the sparsity exactly:
+:func:`counts` does, to the weight. A rule from elsewhere is such a function and ``register("name", Rule(function))``, after which
+``Recipe(rates="name")`` means it; processes that only read such a recipe register it too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..formats import WeightFormat
 from ..linear import dense_weight
 from ..policy import features
 from ..pruning import Target, apportion, parse
-from ..recipe import Recipe
+from ..recipe import RATES, Recipe
 from .calibrate import SquaredNorms, find_blocks, run_blocks
 from .residency import RESIDENT, Residency
 
@@ -143,6 +144,8 @@ def block_outliers(
 
 
 class Rule(NamedTuple):
+    """rates(sparsity, sizes, measured) -> (blocks,). measure: its companion, which calibration data is asked for; called as ``block_similarity``."""
+
     rates: Callable[[float, Tensor, Tensor | None], Tensor]
     measure: Callable[[nn.Module, dict[str, list[str]], list[Tensor], Callable[[], None], Residency], Tensor] | None = None
 
@@ -150,6 +153,18 @@ class Rule(NamedTuple):
 RULES = {
     "uniform": Rule(uniform), "rmi": Rule(rmi, block_similarity), "owl": Rule(owl, block_outliers), "arithmetic": Rule(arithmetic),
 }  # fmt: skip
+
+
+def register(name: str, rule: Rule) -> Callable[[], None]:
+    """Let recipes name a rule; returns what takes it away again. Raises CaloraError for a name that is taken."""
+    if name in RULES:
+        raise CaloraError(f"a rule for rates is called {name!r} already; choose another name")
+    RULES[name], RATES[name] = rule, rule.measure is not None
+
+    def remove() -> None:
+        del RULES[name], RATES[name]
+
+    return remove
 
 
 def targets(
