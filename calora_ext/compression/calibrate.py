@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaloraError
+from .obs import inverse_factor
 from .residency import RESIDENT, Residency
 
 PIECE = 512  # tokens; the stream is cut into sequences of this length
@@ -99,18 +100,26 @@ class Statistic:
 
 
 class Gram(Statistic):
-    """X Xᵀ of a layer's inputs: ``matrix`` (in, in) float32."""
+    """X Xᵀ of a layer's inputs: ``matrix`` (in, in) float32, until ``give_way`` was called."""
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
-        self.matrix = torch.zeros(in_features, in_features)
+        self.matrix: Tensor | None = torch.zeros(in_features, in_features)
+        self._left: tuple[Tensor, Tensor] | None = None
 
     def add_rows(self, rows: Tensor) -> None:
         self.matrix.addmm_(rows.t(), rows)
 
+    def give_way(self) -> Tensor:
+        """``inverse_factor`` of the matrix, which is given up for it: the two are the largest there is in memory. Made once for all who share it."""
+        if self._left is None:
+            self._left = inverse_factor(self.matrix), self.squares.clone()
+            self.matrix = None
+        return self._left[0]
+
     @property
     def squares(self) -> Tensor:
-        return self.matrix.diagonal()
+        return self.matrix.diagonal() if self._left is None else self._left[1]
 
 
 class SquaredNorms(Statistic):
@@ -147,6 +156,8 @@ class Statistics:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for statistic in self.of.values():
+            statistic.last = None  # the activations of a forward pass
 
 
 class _Stop(Exception):
