@@ -15,7 +15,7 @@ from .pruning import NofM, Target, magnitude, parse
 
 DEFAULT_GROUP, DEFAULT_SPARSE_GROUP = 64, 128
 PRUNERS = ("magnitude", "wanda", "sparsegpt")
-RATES = ("uniform", "rmi", "owl", "arithmetic")
+RATES = {"uniform": False, "rmi": True, "owl": True, "arithmetic": False}  # rule: does it measure? compression.rates registers more
 ROUNDINGS = ("rtn", "gptq")
 ACTIVATIONS = ("int8", "exact")
 
@@ -38,8 +38,8 @@ class Recipe:
     last two need calibration data; default sparsegpt where it is given, magnitude otherwise. A weight that is 0 stays 0.
     rates: how a share of the weights is spread over the layers, the total being met to the weight: ``"uniform"``; by block,
     ``"arithmetic"`` (rising evenly with depth), ``"rmi"`` (Huang et al. 2025: more where a block's input resembles that of the
-    others) or ``"owl"`` (Yin et al. 2023: less where it has outliers), which need calibration data; or a table
-    ``{layer or block: rate}``, what it does not name sharing the rest.
+    others) or ``"owl"`` (Yin et al. 2023: less where it has outliers), which need calibration data; a rule that was registered
+    (``calora_ext.compression.rates.register``); or a table ``{layer or block: rate}``, what it does not name sharing the rest.
     activations: ``"int8"`` (inference rounds the inputs of a layer) or ``"exact"``.
     lm_head: how the output head is stored where it is not tied to the input embeddings; None keeps it dense.
     embeddings: how the input embeddings are stored (a tied head shares them); None keeps them dense.
@@ -93,7 +93,7 @@ class Recipe:
 
     def _settle_rates(self) -> None:
         if not isinstance(self.rates, dict):
-            _choose("rates", self.rates, RATES)
+            _choose("rates", self.rates, tuple(RATES))
             return
         for name, rate in self.rates.items():
             number = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate <= 1
@@ -146,7 +146,7 @@ class Recipe:
     @property
     def calibrated_choices(self) -> list[str]:
         """The fields whose values look at the inputs of layers; for a resolved recipe."""
-        needing = {"pruner": ("wanda", "sparsegpt"), "rounding": ("gptq",), "rates": ("rmi", "owl")}
+        needing = {"pruner": ("wanda", "sparsegpt"), "rounding": ("gptq",), "rates": [rule for rule, measures in RATES.items() if measures]}
         return [field for field, values in needing.items() if getattr(self, field) in values]
 
     def format(self, role: str = "linear") -> WeightFormat | None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from formats_table import FORMATS, mask_for
 from torch import nn
 from transformers import AutoModelForMaskedLM, BertConfig
 from zoo import TIED, ZOO, dense, logits
@@ -181,9 +182,10 @@ def test_one_layer_by_recipe():
         cx.CompressedLinear.from_linear(linear, cx.Recipe(rounding="gptq"))
 
 
-@pytest.mark.parametrize("fmt", [cx.WeightFormat("int4", 64), cx.WeightFormat("int4", 64, False), cx.WeightFormat("int8"), cx.WeightFormat("bf16"), cx.WeightFormat("nf4", 64)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_rounding_in_pieces_changes_nothing(fmt, monkeypatch):
     weight = torch.randn(100, 150)
-    whole = fmt.pack(weight)
-    monkeypatch.setattr("calora_ext.formats.CHUNK", 1000)
-    assert all(torch.equal(t, whole[name]) for name, t in fmt.pack(weight).items())
+    mask = mask_for(fmt, weight.shape)
+    whole = fmt.pack(weight, mask)
+    monkeypatch.setattr("calora_ext.formats.layout.CHUNK", 1000)
+    assert all(torch.equal(t, whole[name]) for name, t in fmt.pack(weight, mask).items())

@@ -128,7 +128,8 @@ class Words:
         ([], None, "0 tokens"), ([""], Words(), "0 tokens"), ([[3] * 63], None, "63 tokens"), (["a b c"], Words(), "3 tokens"),
         (["some text"], None, "pass the tokenizer"), (["some text"], "x", "tokenizer must be"), ("some text", Words(), "list of texts"), (7, None, "list of texts"),
         ([[3, 97] * 50], None, r"outside 0\.\.96"), ([[-1] * 100], None, r"outside 0\.\.96"), ([[0.5] * 100], None, "token ids"),
-        ([None], None, "token ids"), ([{"a": 1}], None, "token ids"),
+        ([None], None, "token ids"), ([{"a": 1}], None, "token ids"), ([[5] * 64, [[1, 2, 3], [4]]], None, r"item 1 is \[\[1, 2, 3\], \[4\]\]"),
+        ([[5] * 64, ["bad"] * 50], None, r"item 1 is \['bad', .*\.\.\.\]"), ([[5] * 64, [5] * 64, [None] * 64], None, "item 2 is"), ([[5] * 64, [1 << 70]], None, "item 1 is"),
     ],
     ids=str,
 )  # fmt: skip

@@ -13,6 +13,7 @@ import calora_ext as cx
 from calora_ext import CaloraError, CompressedLinear, Recipe
 from calora_ext.adaptation import Distill, Settings, loop
 from calora_ext.adaptation.objective import Objective
+from calora_ext.adaptation.teacher import LiveTeacher
 from calora_ext.cli import main
 from calora_ext.losa import phases as losa_phases
 from calora_ext.losa import run as losa_run
@@ -247,18 +248,40 @@ def reconstruction_of(model):
 
 
 def test_a_sparse_branch_moves_what_has_the_largest_gradient(monkeypatch):
-    """Those weights, and as many as asked for; at every pruning anew."""
-    seen, begin = [], MaskedLinear.adapt
+    """By backpropagation through a plain model with the pruned weights; as many as asked for, at every pruning anew."""
+    seen, choose = [], losa_phases.Run._chosen
+
+    def choose_and_check(run, phase, samples):
+        plain = make_llama()
+        for name, layer in run.layers.items():
+            plain.get_submodule(name).weight.data.copy_(layer.base)
+        order, size = loop.DataOrder(len(samples), run.settings.seed), QUICK["per_device_train_batch_size"]
+        first = size * sum(row["steps"] for row in run.phases[:-1])
+        for begin in range(first, first + losa_phases.PROBES * size, size):
+            ids = torch.stack([samples[order[i]]["input_ids"] for i in range(begin, begin + size)])
+            plain(input_ids=ids, labels=ids).loss.backward()
+        chosen = choose(run, phase, samples)
+        for name, at in chosen.items():
+            mask, size_of = run.layers[name].mask.flatten(), plain.get_submodule(name).weight.grad.abs().flatten()
+            others = mask.clone()
+            others[at] = False
+            assert len(at) == round(0.1 * int(mask.sum())) and mask[at].all() and (at.diff() > 0).all()
+            assert size_of[at].min() >= size_of[others].max() * (1 - 1e-4), name
+            seen.append(len(at))
+        return chosen
+
+    monkeypatch.setattr(losa_phases.Run, "_chosen", choose_and_check)
+    adapted, begin = [], MaskedLinear.adapt
 
     def adapt_and_look(layer, *arguments):
         begin(layer, *arguments)
         if layer.at is not None and len(layer.at) < int(layer.mask.sum()):
-            seen.append((len(layer.at), int(layer.mask.sum()), bool(layer.mask.flatten()[layer.at].all())))
+            adapted.append(len(layer.at))
 
     monkeypatch.setattr(MaskedLinear, "adapt", adapt_and_look)
     model = make_llama()
     result = adapt(model, {"max_steps": 20}, recipe=Recipe(weights="bf16", sparsity=0.6), prunings=2, sparse_branch=0.1)
-    assert len(seen) == 2 * len(sparse_layers(model)) and all(count == round(0.1 * kept) and inside for count, kept, inside in seen)
+    assert len(seen) == 2 * len(sparse_layers(model)) and sorted(adapted) == sorted(seen)
     assert result.sparsity == pytest.approx(0.6, abs=1e-4)
 
 
@@ -276,6 +299,75 @@ def test_the_result_carries_adapters(tmp_path):
     assert result.steps == 10
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(cx.load(tmp_path / "out")), plain)
+
+
+# -- the head of a classifier ----------------------------------------------------------------------------------------------
+
+ROWS = [{"text": text_of(8, i), "label": i % 2} for i in range(24)]
+CLASSIFY = {"data": ROWS, "task": "sequence-classification", "recipe": Recipe(weights="bf16", sparsity=0.5)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_classifiers_head_trains_in_fp32(dtype, tmp_path, monkeypatch):
+    model, dtypes, step = make_classifier().to(dtype), [], loop._step
+    monkeypatch.setattr(loop, "_step", lambda model, parameters, *rest: dtypes.append(parameters["head.weight"].dtype) or step(model, parameters, *rest))
+    before = model.score.weight.clone()
+    adapt(model, sparse_branch=0.1, **CLASSIFY)
+    assert set(dtypes) == {torch.float32} and (model.score.weight - before).abs().max() > 1e-3
+    assert model.score.weight.dtype == dtype and model.score.weight.requires_grad and not model.score._forward_pre_hooks
+    model.save_pretrained(tmp_path)
+    assert torch.equal(cx.load(tmp_path).score.weight, model.score.weight)
+
+
+def test_a_classifier_is_distilled_with_the_head_it_came_with(monkeypatch):
+    model, heads, targets = make_classifier(), [], LiveTeacher.targets
+    before = model.score.weight.clone()
+    monkeypatch.setattr(LiveTeacher, "targets", lambda self, *rest: heads.append(self.model.score.weight.clone()) or targets(self, *rest))
+    adapt(model, distill=Distill(hidden={}, logits=1.0), **CLASSIFY)
+    assert len(heads) == 10 and all(torch.equal(head, before) for head in heads) and not torch.equal(model.score.weight, before)
+
+
+@pytest.mark.parametrize("after", [0, 2, 3, 9])
+def test_a_classifier_resumes_bit_for_bit(after, tmp_path, monkeypatch):
+    """Also where a pruning had just been saved, and no step after it."""
+    settings, step, left = {"output_dir": str(tmp_path), "save_steps": 1}, loop._step, after
+    adapt(want := make_classifier(), sparse_branch=0.1, **CLASSIFY)
+
+    def dies(*arguments):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        adapt(model := make_classifier(), settings, sparse_branch=0.1, **CLASSIFY)
+    assert torch.equal(model.score.weight, make_classifier().score.weight)
+    monkeypatch.setattr(loop, "_step", step)
+    adapt(model := make_classifier(), {**settings, "resume_from_checkpoint": True}, sparse_branch=0.1, **CLASSIFY)
+    assert torch.equal(model.score.weight, want.score.weight) and torch.equal(logits(model), logits(want))
+
+
+def test_a_head_stays_as_it_came_where_packing_fails(monkeypatch):
+    def fails(*arguments):
+        raise CaloraError("no more")
+
+    monkeypatch.setattr(losa_run, "_pack", fails)
+    model = make_classifier()
+    with pytest.raises(CaloraError, match="no more"):
+        adapt(model, **CLASSIFY)
+    assert torch.equal(model.score.weight, make_classifier().score.weight)
+
+
+def test_heads_that_cannot_train_are_refused():
+    model = make_classifier()
+    model.twin = nn.Linear(model.config.hidden_size, 2, bias=False)
+    model.twin.weight = model.score.weight
+    with pytest.raises(CaloraError, match=r"head score shares its weight with twin\.weight"):
+        adapt(model, **CLASSIFY)
+    with pytest.raises(CaloraError, match="has no head called score or classifier"):
+        adapt(make_llama(), **CLASSIFY)
 
 
 # -- interruptions ---------------------------------------------------------------------------------------------------------
@@ -390,6 +482,10 @@ def test_models_that_do_not_fit(tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")
     with pytest.raises(CaloraError, match="NaN"):
         adapt(model)
+    model = make_llama()
+    model.model.layers[1].input_layernorm.weight.data[3] = float("nan")
+    with pytest.raises(CaloraError, match=r"pruning 1 of 3: model\.layers\.1: what this block returns is NaN"):
+        adapt(model, recipe=Recipe(weights="bf16", sparsity=0.5, pruner="magnitude"))
     cx.compress(model := make_llama())
     with pytest.raises(CaloraError, match="compressed already"):
         adapt(model)

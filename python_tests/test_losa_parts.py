@@ -1,6 +1,7 @@
 """LoSA's formulas on small cases: schedule, budgets, the masked product and its gradients, pruning again and again, errors of blocks."""
 
 import copy
+import gc
 from contextlib import nullcontext
 from itertools import pairwise
 
@@ -418,3 +419,30 @@ def test_reconstruction_errors_are_the_formula():
     found = reconstruction.errors(model, layers, blocks, batches(), nothing)
     torch.testing.assert_close(found, torch.stack(want), rtol=1e-5, atol=0)
     assert found[1] > found[0] > 0  # it adds up with depth
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_errors_of_outputs_that_are_not_finite_are_refused(value):
+    """Also where only one of the models has them, and where the dense one gives 0."""
+    model = make_llama()
+    layers = attached(model)
+    blocks = list(find_blocks(model, layers))
+    model.model.layers[1].post_attention_layernorm.weight.data[3] = value
+    with pytest.raises(CaloraError, match=r"layers\.1: what this block returns is NaN or infinite"):
+        reconstruction.errors(model, layers, blocks, batches(), nothing)
+    model = make_llama()
+    layers = attached(model)
+    layers["model.layers.0.mlp.down_proj"].base[2] = value
+    with pytest.raises(CaloraError, match=r"layers\.0: what this block returns is NaN or infinite"):
+        reconstruction.errors(model, layers, blocks, batches(), nothing)
+
+
+def test_errors_hold_the_outputs_of_one_model():
+    """Those of the dense one for a batch; the sparse one's are compared as they come."""
+    model = make_llama()
+    layers = attached(model)
+    kept = lambda: sum(type(o) is torch.Tensor and o.shape == (2 * 24, model.config.hidden_size) for o in gc.get_objects())  # noqa: E731
+    counts = []
+    model.model.norm.register_forward_hook(lambda *_: counts.append(kept()))
+    reconstruction.errors(model, layers, list(find_blocks(model, layers)), batches(2), nothing)
+    assert counts == [2, 0, 2, 0]

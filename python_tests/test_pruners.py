@@ -1,12 +1,15 @@
 """Pruners against the papers' formulas written out, exact counts, monotone masks; and the pruned model end to end."""
 
+import weakref
+
 import pytest
 import torch
 from formats_table import nearest_level
 from zoo import ZOO, dense, logits
 
 import calora_ext as cx
-from calora_ext.compression import gptq, obs, pruners
+from calora_ext.compression import calibrate, gptq, obs, pruners
+from calora_ext.compression.calibrate import Gram
 from calora_ext.compression.pruners import sparsegpt, sparsegpt_rounded, wanda
 from calora_ext.pruning import NofM, apportion, largest, magnitude, n_of_m, parse
 
@@ -239,7 +242,7 @@ def test_keeping_everything_is_rounding_alone():
     assert gram.diagonal().argsort(descending=True).equal(torch.arange(64))
     fmt = cx.WeightFormat("int4", 32)
     everything, grid = torch.ones_like(weight, dtype=torch.bool), obs.Grid(fmt.quantize(weight), fmt)
-    _, mask, codes = pruners._surgery(weight, gram, obs.inverse_factor(gram), everything, None, grid)
+    _, mask, codes = pruners._surgery(weight, obs.inverse_factor(gram), gram.diagonal() > 0, everything, None, grid)
     assert mask.all() and torch.equal(codes, gptq.quantize(weight, gram, fmt).codes)
 
 
@@ -251,6 +254,21 @@ def test_a_weight_that_lies_transposed_is_not_changed():
     moved, mask = sparsegpt(stored.t(), gram, 1200)
     assert torch.equal(stored, before)
     assert all(map(torch.equal, (moved, mask), sparsegpt(weight, gram, 1200)))
+
+
+@pytest.mark.parametrize("target", [NofM(2, 4), 1200])
+def test_a_gram_gives_way_to_its_factor_for_all_who_share_it(target, monkeypatch):
+    weight, x = layer()
+    fmt, matrix, made = cx.WeightFormat("int4", 32, pattern="2:4" if isinstance(target, NofM) else "unstructured"), x.t() @ x, []
+    factor = calibrate.inverse_factor
+    monkeypatch.setattr(calibrate, "inverse_factor", lambda gram: made.append(weakref.ref(gram)) or factor(gram))
+    gram = Gram(x.shape[1])
+    gram.matrix.copy_(matrix)
+    for _ in range(2):
+        assert all(map(torch.equal, sparsegpt(weight, gram, target), sparsegpt(weight, matrix, target)))
+        ours, want = (sparsegpt_rounded(weight, g, fmt, target) for g in (gram, matrix))
+        assert torch.equal(ours.codes, want.codes) and torch.equal(ours.mask, want.mask) and torch.equal(ours.scale, want.scale)
+    assert len(made) == 1 and made[0]() is None and torch.equal(gram.squares, matrix.diagonal())
 
 
 def test_the_factor_takes_columns_in_any_order_and_one_matrix():

@@ -1,6 +1,7 @@
 """Rates per block: the rules against their formulas and the plain definition of what they measure, the budget to the weight, whole models."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -148,6 +149,17 @@ def test_similarity_needs_sequences(measured):
         rates.block_similarity(model, blocks, batches[:1] if len(batches[0]) < 8 else [batches[0][:7]], lambda: None)
 
 
+@pytest.mark.parametrize(("rule", "says"), [("rmi", "layers.1: the inputs of this block"), ("owl", "layers.0: its weights or their inputs")])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_inputs_that_are_not_finite_name_the_block(rule, says, value):
+    """Nothing after the rates looks at them."""
+    model = dense("llama")
+    with torch.no_grad():
+        model.model.layers[0].post_attention_layernorm.weight[3] = value
+    with pytest.raises(cx.CaloraError, match=f"{says}.* NaN or infinite"):
+        cx.compress(model, cx.Recipe(sparsity=0.5, rates=rule, pruner="magnitude", rounding="rtn"), calibration=data())
+
+
 # --- the budget ---------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +275,44 @@ def test_rates_that_the_model_or_the_data_do_not_fit_are_refused():
 
 
 def test_a_recipe_knows_every_rule():
-    assert set(RATES) == set(rates.RULES)
+    assert {name: rule.measure is not None for name, rule in rates.RULES.items()} == RATES
+
+
+def falling(sparsity, sizes, measured):
+    return sparsity + torch.linspace(0.1, -0.1, len(sizes), dtype=sizes.dtype)
+
+
+def by_width(sparsity, sizes, widths):
+    return sparsity + 0.1 * (widths - widths.mean()).sign()
+
+
+def widths(model, blocks, batches, done, residency):
+    assert len(batches) and all(ids.dtype == torch.long for ids in batches)
+    return torch.arange(len(blocks), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("rule", "first"), [(rates.Rule(falling), 0.6), (rates.Rule(by_width, widths), 0.4)], ids=["by depth", "measured"])
+def test_a_rule_from_elsewhere(rule, first, tmp_path):
+    remove = rates.register("ours", rule)
+    try:
+        recipe = cx.Recipe(sparsity=0.5, rates="ours", pruner="magnitude", rounding="rtn")
+        assert cx.Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+        if rule.measure is not None:
+            with pytest.raises(cx.CaloraError, match="rates='ours' needs calibration data"):
+                cx.compress(dense("llama"), recipe)
+        model = dense("llama")
+        pruned = cx.compress(model, recipe, calibration=data() if rule.measure else None).outcome.pruned
+        for name, (count, size) in pruned.items():
+            assert abs(count - (first if "layers.0" in name else 1 - first) * size) < 1
+        model.save_pretrained(tmp_path)
+        assert cx.load(tmp_path).config.quantization_config.recipe.rates == "ours"
+        with pytest.raises(cx.CaloraError, match="called 'ours' already"):
+            rates.register("ours", rule)
+    finally:
+        remove()
+    test_a_recipe_knows_every_rule()
+    with pytest.raises(cx.CaloraError, match="unknown rates 'ours'; choose one of uniform, rmi, owl, arithmetic"):
+        cx.Recipe(sparsity=0.5, rates="ours")
 
 
 def test_a_pattern_is_the_same_target_everywhere():

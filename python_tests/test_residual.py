@@ -174,6 +174,15 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(options, says):
     assert cx.list_adapters(model) == []
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_named(value):
+    dense, model = make_llama(), compress(make_llama())
+    dense.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
+    with pytest.raises(CaloraError, match=r"layers\.1\.mlp\.up_proj: the weight of the teacher or the student holds NaN"):
+        run(model, teacher=dense, recovery=Recovery(rank=2, init="residual"))
+    assert cx.list_adapters(model) == []
+
+
 def test_the_residual_is_what_was_rounded_away():
     dense, model = make_llama(), compress(make_llama())
     path = "model.layers.0.mlp.down_proj"

@@ -277,3 +277,16 @@ def test_memory_is_a_block(tmp_path):
 def test_memory_of_gptq_is_two_hessians(tmp_path):
     block, hessian = 2 * (4 * 256**2 + 3 * 256 * 3072), 4 * 3072**2
     assert peak(tmp_path, shape(256, 3072, 1), "bfloat16", {}, 1, None) < 1.2 * (block + 2 * hessian) + WORK < 5 * hessian
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", 0.5])
+def test_memory_of_sparsegpt_is_two_hessians(sparsity, tmp_path):
+    block, hessian = 2 * (4 * 1024**2 + 3 * 1024 * 2816), 4 * 2816**2
+    assert peak(tmp_path, shape(1024, 2816, 1), "bfloat16", {"sparsity": sparsity}, 1, None) < 1.2 * (block + 2 * hessian) + WORK
+
+
+def test_memory_without_the_activations(tmp_path):
+    """Where they wait on disk they are gone from the peak."""
+    count, activations = 64, 64 * 512 * 1024 * 2
+    found = [peak(tmp_path / name, shape(1024, 256, 1), "bfloat16", {"sparsity": "2:4"}, count, limit) for name, limit in (("kept", None), ("moved", 0))]
+    assert found[0] - found[1] > 0.8 * activations

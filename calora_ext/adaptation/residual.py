@@ -51,7 +51,7 @@ def from_residual(
     student: compressed, with what it has of adapters active. teacher: the dense model. fresh: the branches as they are without this, D random
     and U = 0; rows that the residual does not need stay so. samples: their first 16384 tokens are run. bend: e, above. The best product of a rank is the
     truncated SVD of (W - Ŵ) L over L⁻¹ x, where L Lᵀ is the second moment of x. Layers without a residual or without inputs
-    are left out. Raises CaloraError where the teacher has no such layer, and for fewer than 64 tokens.
+    are left out. Raises CaloraError where the teacher has no such layer, for values that are not finite, and for fewer than 64 tokens.
     """
     lossy = [path for path in fresh if residual(student, teacher, path).any()]
     blocks = find_blocks(student, lossy)
@@ -113,7 +113,7 @@ def _inputs(student: nn.Module, paths: list[str], batches: list[Tensor]) -> dict
 
 
 def residual(student: nn.Module, teacher: nn.Module, path: str) -> Tensor:
-    """W - Ŵ of a layer, (out, in) float32."""
+    """W - Ŵ of a layer, (out, in) float32. Raises CaloraError where the teacher has no such layer, and for weights that are not finite."""
     layer = student.get_submodule(path)
     ours = layer.decode() if isinstance(layer, CompressedLinear) else dense_weight(layer)
     try:
@@ -126,7 +126,10 @@ def residual(student: nn.Module, teacher: nn.Module, path: str) -> Tensor:
         raise CaloraError(
             f"{path} is {tuple(theirs.shape)} in the teacher and {tuple(ours.shape)} here; distil from the model that was compressed"
         )
-    return theirs.to(ours.device).float() - ours.float()
+    left = theirs.to(ours.device).float() - ours.float()
+    if not torch.isfinite(left).all():
+        raise CaloraError(f"{path}: the weight of the teacher or the student holds NaN or infinite values; check both models")
+    return left
 
 
 def root(moment: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def start_training(
             bank.train_adapter(name, (lora.dropout if lora else 0.0, recovery.dropout_at(path) if recovery else 0.0))
             undo.callback(bank.finish_training, name)
         if plan.head is not None:
-            undo.callback(_TrainedHead(model.get_submodule(plan.head)).finish)
+            undo.callback(TrainedHead(model.get_submodule(plan.head)).finish)
         return undo.pop_all().close
 
 
@@ -224,7 +224,7 @@ def trained_parameters(model: nn.Module, name: str, plan: Plan) -> dict[str, nn.
     return parameters
 
 
-class _TrainedHead:
+class TrainedHead:
     """A dense head in fp32 while it trains, whatever the model's dtype: its input is cast on the way in."""
 
     def __init__(self, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from ..pruning import Target
 from ..recipe import Recipe
 from . import gptq
 from .calibrate import Gram, SquaredNorms, Statistic, find_blocks, run_blocks
-from .pruners import prune, sparsegpt_rounded
+from .pruners import prune, sparsegpt, sparsegpt_rounded
 from .replace import forget_ties, pack, tie
 from .report import Outcome, relative_error
 from .residency import RESIDENT, Residency
@@ -86,12 +86,12 @@ def apply(
 
 def calibrated(weight: Tensor, inputs: Statistic, fmt: WeightFormat, recipe: Recipe, target: Target | Tensor | None) -> Quantized:
     """The codes of a weight (out, in) given its inputs, by the recipe's pruner and rounding. What is 0 stays 0; target may be the
-    mask, which then holds as it is."""
+    mask, which then holds as it is. SparseGPT uses the Gram matrix up."""
     if not fmt.sparse:
         return gptq.quantize(weight, inputs.matrix, fmt)
     allowed = None if isinstance(target, Tensor) else weight != 0
-    if recipe.rounding != "gptq":
-        return fmt.quantize(*((weight, target) if allowed is None else prune(weight, inputs, recipe.pruner, target, allowed)))
     if allowed is not None and recipe.pruner != "sparsegpt":
         target = prune(weight, inputs, recipe.pruner, target, allowed)[1]
-    return sparsegpt_rounded(weight, inputs.matrix, fmt, target, allowed)
+    if recipe.rounding == "gptq":
+        return sparsegpt_rounded(weight, inputs, fmt, target, allowed)
+    return fmt.quantize(*((weight, target) if isinstance(target, Tensor) else sparsegpt(weight, inputs, target, allowed)))

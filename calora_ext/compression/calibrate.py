@@ -10,6 +10,7 @@ depend on scheduling, and only hidden states are alive between blocks.
 from __future__ import annotations
 
 import inspect
+import reprlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CaloraError
+from .obs import inverse_factor
 from .residency import RESIDENT, Residency
 
 PIECE = 512  # tokens; the stream is cut into sequences of this length
@@ -30,11 +32,11 @@ def token_batches(calibration: Sequence, tokenizer: Any, config: Any) -> list[Te
     """Texts or sequences of token ids -> batches of token ids (sequences, length), all of one length.
 
     The ids are joined and cut into pieces; an incomplete last piece is dropped. Raises CaloraError for data that is
-    empty, shorter than 64 tokens, text without a tokenizer, or ids outside the vocabulary.
+    empty, shorter than 64 tokens, text without a tokenizer, neither text nor ids, or ids outside the vocabulary.
     """
     if isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise CaloraError("calibration must be a list of texts or of token id sequences")
-    stream = torch.cat([torch.empty(0, dtype=torch.long), *(_ids(item, tokenizer) for item in calibration)])
+    stream = torch.cat([torch.empty(0, dtype=torch.long), *(_ids(i, item, tokenizer) for i, item in enumerate(calibration))])
     if len(stream) < MIN_TOKENS:
         raise CaloraError(f"calibration data has {len(stream)} tokens, at least {MIN_TOKENS} are needed (some ten thousand are good)")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -46,7 +48,7 @@ def token_batches(calibration: Sequence, tokenizer: Any, config: Any) -> list[Te
     return list(pieces.split(max(1, BATCH // length, -(-len(pieces) // BATCHES))))
 
 
-def _ids(item: Any, tokenizer: Any) -> Tensor:
+def _ids(number: int, item: Any, tokenizer: Any) -> Tensor:
     if isinstance(item, str):
         if tokenizer is None:
             raise CaloraError("calibration data is text; pass the tokenizer too")
@@ -56,11 +58,9 @@ def _ids(item: Any, tokenizer: Any) -> Tensor:
     try:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0, dtype=torch.bool)
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise CaloraError(f"calibration data must be texts or sequences of token ids, got {type(item).__name__} of {ids.dtype}")
-    if not ids.numel() and not isinstance(item, Sequence | Tensor):
-        raise CaloraError(f"calibration data must be texts or sequences of token ids, got {type(item).__name__}")
+        ids = None
+    if ids is None or (ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        raise CaloraError(f"calibration data must be texts or sequences of token ids; item {number} is {' '.join(reprlib.repr(item).split())}")
     return ids.reshape(-1).long()
 
 
@@ -102,18 +102,26 @@ class Statistic:
 
 
 class Gram(Statistic):
-    """X Xᵀ of a layer's inputs: ``matrix`` (in, in) float32."""
+    """X Xᵀ of a layer's inputs: ``matrix`` (in, in) float32, until ``give_way`` was called."""
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
-        self.matrix = torch.zeros(in_features, in_features)
+        self.matrix: Tensor | None = torch.zeros(in_features, in_features)
+        self._left: tuple[Tensor, Tensor] | None = None
 
     def add_rows(self, rows: Tensor) -> None:
         self.matrix.addmm_(rows.t(), rows)
 
+    def give_way(self) -> Tensor:
+        """``inverse_factor`` of the matrix, which is given up for it: the two are the largest there is in memory. Made once for all who share it."""
+        if self._left is None:
+            self._left = inverse_factor(self.matrix), self.squares.clone()
+            self.matrix = None
+        return self._left[0]
+
     @property
     def squares(self) -> Tensor:
-        return self.matrix.diagonal()
+        return self.matrix.diagonal() if self._left is None else self._left[1]
 
 
 class SquaredNorms(Statistic):
@@ -150,6 +158,8 @@ class Statistics:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        for statistic in self.of.values():
+            statistic.last = None  # the activations of a forward pass
 
 
 class _Stop(Exception):

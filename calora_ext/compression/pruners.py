@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CaloraError
 from ..formats import Quantized, WeightFormat
 from ..pruning import NofM, Target, apportion, largest, magnitude, n_of_m
-from .calibrate import Statistic
+from .calibrate import Gram, Statistic
 from .obs import Grid, inverse_factor, sweep
 
 STRIPE = 128  # columns that SparseGPT ranks together, as published
@@ -53,32 +53,41 @@ def wanda(weight: Tensor, squares: Tensor, target: Target, allowed: Tensor | Non
     return largest(scores, columns - pruned, allowed)
 
 
-def sparsegpt(weight: Tensor, gram: Tensor, target: Target | Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(weight, mask) after pruning; the kept weights have moved to make up for the pruned ones. Neither argument is changed.
+def sparsegpt(weight: Tensor, gram: Tensor | Gram, target: Target | Tensor, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(weight, mask) after pruning; the kept weights have moved to make up for the pruned ones.
 
-    Frantar, Alistarh: "SparseGPT" (arXiv 2301.00774). weight: (out, in); gram: (in, in), X Xᵀ of the layer's inputs. Of every
-    128 columns the same share is pruned, by W² / U_jj² over all rows; n of m by row; weights that no input reaches go first.
+    Frantar, Alistarh: "SparseGPT" (arXiv 2301.00774). weight: (out, in); gram: (in, in), X Xᵀ of the layer's inputs, not
+    changed, or a Gram, which gives it way (``Gram.give_way``). Of every 128 columns the same share is pruned, by W² / U_jj² over all rows; n of m by row; weights that no input reaches go first.
     target: a mask (out, in) prunes just that.
     Raises CaloraError for weights or inputs that are not finite.
     """
     _check(weight)
-    return _surgery(weight, gram, inverse_factor(gram), target, allowed, None)[:2]
+    moved, mask, _ = _surgery(weight, *_factored(gram), target, allowed, None)
+    return moved.t().contiguous(), mask
 
 
 def sparsegpt_rounded(
-    weight: Tensor, gram: Tensor, fmt: WeightFormat, target: Target | Tensor, allowed: Tensor | None = None
+    weight: Tensor, gram: Tensor | Gram, fmt: WeightFormat, target: Target | Tensor, allowed: Tensor | None = None
 ) -> Quantized:
     """SparseGPT with every kept weight rounded to the grid of `fmt` before its error is spread; arguments as in :func:`sparsegpt`.
 
     Scales are static: those of the weight that SparseGPT alone would give, so that they span what is kept as it will have moved.
     """
     _check(weight)
-    factor = inverse_factor(gram)
-    moved, mask, _ = _surgery(weight, gram, factor, target, allowed, None)
+    factor, live = _factored(gram)
+    moved, mask, _ = _surgery(weight, factor, live, target, allowed, None)
+    moved = moved.t().contiguous()
     plain = fmt.quantize(moved, mask)
     del moved
-    _, mask, codes = _surgery(weight, gram, factor, target, allowed, Grid(plain, fmt))
+    _, mask, codes = _surgery(weight, factor, live, target, allowed, Grid(plain, fmt))
     return replace(plain, codes=codes, mask=mask)
+
+
+def _factored(gram: Tensor | Gram) -> tuple[Tensor, Tensor]:
+    """The inverse's factor (in, in), and which inputs (in,) ever were anything but 0."""
+    if isinstance(gram, Gram):
+        return gram.give_way(), gram.squares > 0
+    return inverse_factor(gram), gram.diagonal() > 0
 
 
 def _check(weight: Tensor) -> None:
@@ -87,16 +96,15 @@ def _check(weight: Tensor) -> None:
 
 
 def _surgery(
-    weight: Tensor, gram: Tensor, factor: Tensor, target: Target | Tensor, allowed: Tensor | None, grid: Grid | None
+    weight: Tensor, factor: Tensor, live: Tensor, target: Target | Tensor, allowed: Tensor | None, grid: Grid | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Weight, mask and, with a grid, codes, all (out, in). Inside everything is (in, out): columns are contiguous."""
+    """The new weight (in, out), its mask (out, in) and, with a grid, codes (out, in). Inside everything is (in, out): columns are contiguous."""
     w = torch.empty(weight.shape[1], len(weight)).copy_(weight.detach().t())  # a Conv1D's weight lies this way round: it must not change
     may = torch.ones_like(w, dtype=torch.bool) if allowed is None else allowed.t().contiguous()
     mask = target.t() & may if isinstance(target, Tensor) else torch.empty_like(may)
     codes = None if grid is None else torch.empty_like(w, dtype=torch.uint8)
     stripe = 1 if isinstance(target, Tensor) else target.of if isinstance(target, NofM) else STRIPE
     quota = _quota(target, may) if isinstance(target, int) else []
-    live = gram.diagonal() > 0
     importance = (factor.diagonal() ** -2 * (live if live.any() else 1)).unsqueeze(1)
 
     def choose(begin: int) -> None:
@@ -119,7 +127,7 @@ def _surgery(
         return settled * mask[i]
 
     sweep(w, factor, settle, stripe)
-    return w.t().contiguous(), mask.t().contiguous(), None if codes is None else codes.t().contiguous()
+    return w, mask.t().contiguous(), None if codes is None else codes.t().contiguous()
 
 
 def _quota(prune: int, may: Tensor) -> list[int]:

@@ -1,8 +1,9 @@
 """How sparse each block is: rules that turn one sparsity for the model into one rate per block, and the exact counts they mean.
 
 A rule is a function (sparsity, sizes, measured) -> rates: sizes (blocks,) are the weights of each block in the order of the
-forward pass, measured is what its companion found out about the dense model, or None. A new rule is such a function and a line
-in RULES. Rules need not meet the sparsity exactly: :func:`counts` does, to the weight.
+forward pass, measured is what its companion found out about the dense model, or None. Rules need not meet the sparsity exactly:
+:func:`counts` does, to the weight. A rule from elsewhere is such a function and ``register("name", Rule(function))``, after which
+``Recipe(rates="name")`` means it; processes that only read such a recipe register it too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..formats import WeightFormat
 from ..linear import dense_weight
 from ..policy import features
 from ..pruning import Target, apportion, parse
-from ..recipe import Recipe
+from ..recipe import RATES, Recipe
 from .calibrate import SquaredNorms, find_blocks, run_blocks
 from .residency import RESIDENT, Residency
 
@@ -78,7 +79,7 @@ def block_similarity(
 ) -> Tensor:
     """Linear CKA (normalised HSIC) of the inputs of every two blocks, (blocks, blocks) float64; a sample is a sequence.
 
-    One block's inputs are alive at a time. Raises CaloraError for fewer than 8 sequences.
+    One block's inputs are alive at a time. Raises CaloraError for fewer than 8 sequences, and for inputs that are not finite.
     """
     if sum(len(b) for b in batches) < MIN_SEQUENCES:
         raise CaloraError(
@@ -91,6 +92,8 @@ def block_similarity(
     def measure(name: str, _: dict) -> None:
         grams[name] = _centred_gram(entering, residency.rest)
         entering.clear()
+        if not torch.isfinite(grams[name]).all():
+            raise CaloraError(f"{name}: the inputs of this block are NaN or infinite on the calibration data; check the model and the data")
         done()
 
     run_blocks(model, blocks, batches, measure, None, changes=False, residency=residency, observe=lambda _, x: entering.append(x))
@@ -119,7 +122,10 @@ def _centred_gram(inputs: list[Tensor], rest: Callable[[], None]) -> Tensor:
 def block_outliers(
     model: nn.Module, blocks: dict[str, list[str]], batches: list[Tensor], done: Callable[[], None], residency: Residency = RESIDENT
 ) -> Tensor:
-    """The share of each block's scores |W[i, j]| ||X[j]|| that exceed 5 times their mean over the block, (blocks,) float64."""
+    """The share of each block's scores |W[i, j]| ||X[j]|| that exceed 5 times their mean over the block, (blocks,) float64.
+
+    Raises CaloraError for weights or inputs that are not finite.
+    """
     found = {}
 
     def count(block: str, norms: dict[str, SquaredNorms]) -> None:
@@ -128,6 +134,8 @@ def block_outliers(
             for name in blocks[block] if name in norms
         ]  # fmt: skip
         joined = torch.cat(scores) if scores else torch.zeros(1)
+        if not torch.isfinite(joined).all():
+            raise CaloraError(f"{block}: its weights or their inputs on the calibration data hold NaN or infinite values; check the model and the data")
         found[block] = float((joined > OUTLIER * joined.mean()).double().mean())
         done()
 
@@ -136,6 +144,8 @@ def block_outliers(
 
 
 class Rule(NamedTuple):
+    """rates(sparsity, sizes, measured) -> (blocks,). measure: its companion, which calibration data is asked for; called as ``block_similarity``."""
+
     rates: Callable[[float, Tensor, Tensor | None], Tensor]
     measure: Callable[[nn.Module, dict[str, list[str]], list[Tensor], Callable[[], None], Residency], Tensor] | None = None
 
@@ -143,6 +153,18 @@ class Rule(NamedTuple):
 RULES = {
     "uniform": Rule(uniform), "rmi": Rule(rmi, block_similarity), "owl": Rule(owl, block_outliers), "arithmetic": Rule(arithmetic),
 }  # fmt: skip
+
+
+def register(name: str, rule: Rule) -> Callable[[], None]:
+    """Let recipes name a rule; returns what takes it away again. Raises CaloraError for a name that is taken."""
+    if name in RULES:
+        raise CaloraError(f"a rule for rates is called {name!r} already; choose another name")
+    RULES[name], RATES[name] = rule, rule.measure is not None
+
+    def remove() -> None:
+        del RULES[name], RATES[name]
+
+    return remove
 
 
 def targets(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from ..embedding import CompressedEmbedding
-from ..formats import CHUNK
+from ..formats.layout import CHUNK
 from ..linear import CompressedLinear
 from ..policy import Coverage
 from ..recipe import Recipe

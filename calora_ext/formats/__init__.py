@@ -23,7 +23,6 @@ from .values import VALUES, Quantized, dequantize
 
 STORED = (Dense, TwoFour, Bitmask)  # what a file may hold
 PATTERNS = {p.name: p for p in (*STORED, Paired)}
-CHUNK = 1 << 20  # weights that are rounded at a time
 
 __all__ = ["LAYOUT_VERSION", "PATTERNS", "Geometry", "Quantized", "WeightFormat", "extent_of"]
 
@@ -121,7 +120,7 @@ class WeightFormat:
             weight = weight.detach() * mask
         g = self.geometry(weight.shape[1], weight.shape[0])
         parts = []
-        for rows in weight.detach().split(layout.round_up(max(1, CHUNK // g.columns), layout.TILE_ROWS)):  # temporaries stay small
+        for rows in weight.detach().split(g.chunk_rows):
             w = pad(rows.float(), (0, g.columns - g.in_features)).view(-1, g.blocks, g.block_columns)
             parts.append(VALUES[self.values].quantize(w, self.symmetric))
         codes, scale, zero, outer = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
@@ -145,11 +144,11 @@ class WeightFormat:
         value_type = VALUES[self.values]
         # Padding decodes to 0: its code is the zero point; padding rows have scale 0 and the middle zero point.
         zero = None if q.zero is None else pad(q.zero, (0, 0, 0, rows), value=8)
-        codes = pad(q.codes, (0, columns, 0, rows)).view(-1, g.blocks, g.block_columns)
-        is_padding = pad(torch.zeros_like(q.codes, dtype=torch.bool), (0, columns, 0, rows), value=True).view_as(codes)
-        filler = torch.as_tensor(value_type.padding(zero)).to(codes.dtype)
+        filler = torch.as_tensor(value_type.padding(zero), device=q.codes.device).to(q.codes.dtype)
+        codes = filler.expand(len(q.codes) + rows, g.blocks, g.block_columns).contiguous().view(-1, g.columns)
+        codes[: g.out_features, : g.in_features] = q.codes
         mask = None if q.mask is None else pad(q.mask, (0, columns, 0, rows))
-        data, others = PATTERNS[self.pattern].tile(torch.where(is_padding, filler, codes).view(-1, g.columns), mask, g)
+        data, others = PATTERNS[self.pattern].tile(codes, mask, g)
         scale = None if q.scale is None else pad(q.scale, (0, 0, 0, rows))
         if scale is not None and q.outer_scale is None:
             data = torch.cat((data, layout.tile_scales(scale, g)), dim=-1)

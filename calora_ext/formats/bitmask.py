@@ -54,9 +54,11 @@ class Bitmask:
         starts, extent = _starts(data, g)
         kept = torch.zeros(extent, dtype=torch.uint8, device=codes.device)
         elements = kept.view(torch.bfloat16) if g.values == "bf16" else kept
-        for i, (stream, chosen) in enumerate(zip(_streams(_in_steps(codes, g), g), _streams(bits, g), strict=True)):
-            at = _places(starts, chosen, g)
-            elements[at] = stream[chosen] if i == 0 else elements[at] | stream[chosen] << 4
+        chunks = g.chunk_rows * g.columns // CHUNK_WEIGHTS
+        for c, b, s in zip(*(t.split(chunks) for t in (_in_steps(codes, g), bits, starts)), strict=True):
+            for i, (stream, chosen) in enumerate(zip(_streams(c, g), _streams(b, g), strict=True)):
+                at = _places(s, chosen, g)
+                elements[at] = stream[chosen] if i == 0 else elements[at] | stream[chosen] << 4
         return data, {"offsets": _offsets(starts, g), "kept": kept}
 
     @staticmethod

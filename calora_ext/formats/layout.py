@@ -18,6 +18,8 @@ TILE_ALIGN = 64  # bytes; packed tensors are multiples of it
 SCALE_BYTES = 2 * TILE_ROWS  # fp16 scales that end a block of int4 or int8
 ZERO_BYTES = TILE_ROWS // 2  # zero points of a block, two nibbles a byte
 
+CHUNK = 1 << 20  # weights that are rounded, or put into tiles, at a time: what is made of them on the way takes many times their bytes
+
 VALUE_IDS = {"bf16": 0, "int8": 1, "int4": 2, "nf4": 3}
 PATTERN_IDS = {"dense": 0, "2:4": 1, "unstructured": 2, "paired": 3}
 BITS = {"bf16": 16, "int8": 8, "int4": 4, "nf4": 4}
@@ -47,6 +49,11 @@ class Geometry:
     @property
     def tiles(self) -> int:
         return round_up(self.out_features, TILE_ROWS) // TILE_ROWS
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows, whole tiles, of a chunk."""
+        return round_up(max(1, CHUNK // self.columns), TILE_ROWS)
 
     @property
     def columns(self) -> int:

@@ -6,6 +6,8 @@ A group of four columns stores two codes and two 2-bit positions p0, p1, which a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,11 @@ class TwoFour:
     def tile(codes: Tensor, mask: Tensor, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
         """Bytes of kept codes and positions, (tiles, blocks, code_bytes) uint8; codes, mask: (tiles * 32, columns)."""
         TwoFour.check_mask(mask)
+        parts = zip(codes.split(g.chunk_rows), mask.split(g.chunk_rows), strict=True)
+        return torch.cat([TwoFour._tiled(c, m, replace(g, out_features=len(c))) for c, m in parts]), {}
+
+    @staticmethod
+    def _tiled(codes: Tensor, mask: Tensor, g: Geometry) -> Tensor:
         m = mask.view(len(mask), -1, GROUP).to(torch.uint8)
         first = m.argmax(-1, keepdim=True)
         last = GROUP - 1 - m.flip(-1).argmax(-1, keepdim=True)
@@ -66,7 +73,7 @@ class TwoFour:
             if BITS[g.values] == 4:
                 pair = pair[..., 0::2, :] | pair[..., 1::2, :] << 4
         pair = pair.permute(0, 2, 3, 1, 4).contiguous().view(torch.uint8).view(g.tiles, turns, -1)
-        return torch.cat((pair, places), dim=-1).view(g.tiles, g.blocks, g.code_bytes), {}
+        return torch.cat((pair, places), dim=-1).view(g.tiles, g.blocks, g.code_bytes)
 
     @staticmethod
     def kept(data: Tensor, g: Geometry) -> int:

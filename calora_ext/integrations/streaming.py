@@ -56,7 +56,9 @@ def compress_directory(
 
     What it writes is what :func:`calora_ext.compress` and ``save_pretrained`` would, byte for byte, with the tokenizer beside it.
     Models larger than memory compress: no more than a block of weights, or a matrix outside of the blocks, is in memory besides the
-    calibration activations and the Hessians of gptq and sparsegpt. Packed weights wait on the disk of the output, which needs their size twice.
+    calibration activations, the Hessians of gptq and sparsegpt, the largest of them twice, and what is made on the way: about 12 bytes per
+    weight of the layer that is pruned and packed, or a forward pass of 2048 tokens, of which some megabytes stay while it waits in its thread.
+    Packed weights wait on the disk of the output, which needs their size twice.
     calibration: texts (the tokenizer beside the model reads them) or sequences of token ids, as for ``compress``. max_memory:
     bytes that calibration activations may take; what is more waits on disk. overwrite: replace an output that is not empty.
     Raises CaloraError as ``compress`` does, and for a directory that is incomplete or damaged, an output that is not empty, and a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from ..policy import features
 from ..progress import progress
 from ..recipe import Recipe
 from . import reconstruction, state
+from .head import Head
 from .masked import MaskedLinear, as_dense
 from .prune import prune_layers
 from .schedule import check, rank_at, sparsity_at, steps_at
@@ -84,7 +86,8 @@ class Plan:
 
 @dataclass
 class Run:
-    """A model on its way. layers: the MaskedLinears in it, by name; blocks: {block: its layers}; batches: token ids to prune with.
+    """A model on its way. layers: the MaskedLinears in it, by name; blocks: {block: its layers}; batches: token ids to prune with. head: what
+    trains beside the layers.
 
     phases, history: what was done so far, as in ``SparseAdaptResult``. seconds, tokens: of the training in this process.
     """
@@ -99,6 +102,7 @@ class Run:
     distill: Distill | None
     pad_id: int
     facts: dict
+    head: Head | None = None
 
     def __post_init__(self) -> None:
         self.phases: list[dict] = []
@@ -111,7 +115,7 @@ class Run:
     def train(self, samples: list[Sample]) -> None:
         """Every pruning and every step, from wherever an earlier run was interrupted."""
         resuming = self.settings.resume_from_checkpoint and self.settings.output_dir
-        resumed = state.restore(Path(self.settings.output_dir), self.facts, self.layers) if resuming else None
+        resumed = state.restore(Path(self.settings.output_dir), self.facts, self.layers, self.head_parameters) if resuming else None
         if resumed:
             self.phases, self.history = resumed
         first = max(1, len(self.phases))
@@ -155,7 +159,7 @@ class Run:
         self.phases.append(self._row(pruning, errors.tolist(), ranks, steps_at(self.settings.steps(len(samples)), pruning, plan.prunings)))
         self._prepare(self.phases[-1], starts, samples)
         if self.saving:
-            state.save(Path(self.settings.output_dir), pruning, self.facts, self.phases, self.history, self.layers)
+            state.save(Path(self.settings.output_dir), pruning, self.facts, self.phases, self.history, self.layers, self.head_parameters)
 
     def _prepare(self, phase: dict, starts: dict[str, Start], samples: list[Sample]) -> None:
         """What the adapters of a phase begin with, where the plan asks for more than fresh ones."""
@@ -184,12 +188,18 @@ class Run:
                 with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bf16):
                     loss = objective.loss(self.model, batch, None, objective.counts([batch]))["task"]
                 loss.backward()
+        for p in self.head_parameters.values():
+            p.grad = None
         chosen = {}
         for name, layer in self.layers.items():
             count = round(self.plan.sparse_branch * len(layer.at))
             chosen[name] = layer.at[layer.branch.grad.abs().topk(count).indices.sort().values] if layer.branch.grad is not None else layer.at[:0]
             layer.fold()
         return chosen
+
+    @property
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        return {} if self.head is None else self.head.parameters
 
     def _data_seed(self) -> int:
         return self.settings.seed if self.settings.data_seed is None else self.settings.data_seed
@@ -232,6 +242,7 @@ class Run:
             resume_from_checkpoint=resume or None,
         )  # fmt: skip
         parameters = {f"{name}.{key}": p for name, layer in self.layers.items() for key, p in layer.named_parameters(recurse=False) if key != "bias"}
+        parameters |= {f"head.{key}": p for key, p in self.head_parameters.items()}
         teacher = None if self.distill is None else _DenseTeacher(self)
         with train_mode(self.model, self.distill is not None):
             done = train(
@@ -247,8 +258,8 @@ class _DenseTeacher:
     """The model as it came, for the time of a forward pass."""
 
     def __init__(self, run: Run) -> None:
-        self.layers, self.live = run.layers, LiveTeacher(run.model, run.task, run.distill)
+        self.layers, self.head, self.live = run.layers, run.head, LiveTeacher(run.model, run.task, run.distill)
 
     def targets(self, samples: list[Sample], batch: Batch) -> Targets:
-        with as_dense(self.layers.values()):
+        with as_dense(self.layers.values()), nullcontext() if self.head is None else self.head.as_it_came():
             return self.live.targets(samples, batch)

@@ -20,43 +20,48 @@ def errors(model: nn.Module, layers: dict[str, MaskedLinear], blocks: list[str],
     """Relative squared error of every block's output, its mean over the channels: (blocks,) float64.
 
     With D (tokens, channels) of the dense model and Y of the sparse one, the error of a channel is ||D - Y||^2 / ||D||^2; what
-    earlier blocks did is in it. One batch's outputs of one model are alive at a time. Raises CaloraError where one is not finite.
+    earlier blocks did is in it. The dense model's outputs for one batch are alive at once, the sparse model's one at a time. Raises
+    CaloraError where one is not finite.
     """
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[str, Tensor] = {}
+    dense: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def keep(name: str, hidden: Tensor) -> None:
+        dense[name].append(hidden)
+
+    def compare(name: str, hidden: Tensor) -> None:
+        d, y = dense[name].pop(0).float(), hidden.float()
+        sums[name] = sums.get(name, 0) + torch.stack([(d - y).square().sum(0), d.square().sum(0)]).double()
+
     for ids in batches:
         with as_dense(layers.values()):
-            dense = _outputs(model, blocks, ids)
-        sparse = _outputs(model, blocks, ids)
-        for name in blocks:
-            pairs = list(zip(dense[name], sparse[name], strict=True))
-            parts = [torch.stack([(d - s).square().sum(0), d.square().sum(0)]).double() for d, s in pairs]
-            sums[name] = sums.get(name, 0) + sum(parts)
+            _run(model, blocks, ids, keep)
+        _run(model, blocks, ids, compare)
         done()
-    found = torch.stack([torch.where(size > 0, error / size.clamp_min(torch.finfo(size.dtype).tiny), 0).mean() for error, size in sums.values()])
-    if not torch.isfinite(found).all():
-        raise CaloraError("the model's hidden states are NaN or infinite on the calibration data; check the model and the data")
-    return found
+    for name in blocks:
+        if not torch.isfinite(sums[name]).all():
+            raise CaloraError(f"{name}: what this block returns is NaN or infinite on the calibration data; check the model and the data")
+    tiny = torch.finfo(torch.float64).tiny
+    return torch.stack([torch.where(size > 0, error / size.clamp_min(tiny), 0).mean() for error, size in (sums[name] for name in blocks)])
 
 
-def _outputs(model: nn.Module, blocks: list[str], ids: Tensor) -> dict[str, list[Tensor]]:
-    """What every block returns, (tokens, channels) float32, once per call."""
-    outputs: dict[str, list[Tensor]] = {name: [] for name in blocks}
+def _run(model: nn.Module, blocks: list[str], ids: Tensor, tell: Callable[[str, Tensor], None]) -> None:
+    """A forward pass; ``tell(block, output)`` is called whenever a block returns, the output being (tokens, channels)."""
 
-    def collect(name: str) -> Callable:
-        def hook(module: nn.Module, args: tuple, output) -> None:
+    def hook(name: str) -> Callable:
+        def collect(module: nn.Module, args: tuple, output) -> None:
             hidden = output if isinstance(output, Tensor) else output[0]
-            outputs[name].append(hidden.detach().flatten(0, -2).float())
+            tell(name, hidden.detach().flatten(0, -2))
 
-        return hook
+        return collect
 
-    handles = [model.get_submodule(name).register_forward_hook(collect(name)) for name in blocks]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in blocks]
     try:
         with evaluating(model), torch.no_grad():
             model(**inputs_of(model, ids))
     finally:
         for handle in handles:
             handle.remove()
-    return outputs
 
 
 def ranks(errors: Tensor, mean: float, caps: Tensor) -> list[int]:

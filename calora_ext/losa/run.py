@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..adaptation import Distill, Settings
 from ..adaptation.loop import DataOrder
 from ..adaptation.run import NOT_OF_THE_RUN, evaluate, peak_rss, samples_of, training_length
+from ..adaptation.student import head_of
 from ..adaptation.teacher import fingerprint, frozen
 from ..adapters import list_adapters
 from ..arguments import require_kind, require_model
@@ -26,6 +27,7 @@ from ..io.batches import Sample, sample_key, task_name
 from ..policy import Coverage, plan
 from ..progress import progress
 from ..recipe import Recipe
+from .head import trained_head
 from .masked import MaskedLinear
 from .phases import Plan, Run
 from .result import SparseAdaptResult
@@ -62,6 +64,7 @@ def sparse_adapt(
 ) -> SparseAdaptResult:
     """LoSA: prune a dense model and train it under the masks, in place; it becomes an ordinary sparse packed model without adapter.
 
+    A classifier's head (``score``, ``classifier``) trains with the adapters, as it is: dense, in fp32 meanwhile.
     `prunings` times the adapters are folded into the weights (fp32), the masks are chosen anew on them, and fresh adapters are
     trained: y = x (mask * (W + 2 U D))^T. What they learn has the mask's zeros, so nothing of them is left at run time; the
     result saves, loads and carries adapters like any other compressed model. Until then a weight takes 5 bytes beside the dense one.
@@ -112,9 +115,9 @@ def sparse_adapt(
     facts = _facts(model, samples, batches, settings, task, length, chosen, distill)
     distill = distill and distill.resolve(taught=False)
     dense = evaluate(model, held_out, task, pad_id, settings)
-    with _restoring(model, coverage):
-        with frozen(model):
-            run = Run(model, _attach(model, names), blocks, batches, chosen, settings, task, distill, pad_id, facts)
+    with _restoring(model, coverage, task):
+        with frozen(model), trained_head(model, task) as head:
+            run = Run(model, _attach(model, names), blocks, batches, chosen, settings, task, distill, pad_id, facts, head)
             run.train(samples)
             merged = evaluate(model, held_out, task, pad_id, settings)
         outcome = _pack(model, coverage, recipe, run.layers, batches)
@@ -180,13 +183,16 @@ def _facts(model, samples, batches, settings, task, length, chosen, distill) -> 
 
 
 @contextmanager
-def _restoring(model: nn.Module, coverage: Coverage) -> Iterator[None]:
-    """Whatever goes wrong, every module that would be replaced is the dense one again."""
+def _restoring(model: nn.Module, coverage: Coverage, task: str) -> Iterator[None]:
+    """Whatever goes wrong, every module that would be replaced is the dense one again, and a classifier's head as it came."""
     originals = {entry.name: model.get_submodule(entry.name) for entry in coverage.entries if entry.format is not None}
     modes = {module: module.training for module in model.modules()}
+    head = model.get_submodule(head_of(model)) if task == "sequence-classification" else nn.Module()
+    came = {key: t.clone() for key, t in head.state_dict().items()}
     try:
         yield
     except BaseException:
+        head.load_state_dict(came)
         for name, module in originals.items():
             model.set_submodule(name, module)
         for module, mode in modes.items():

@@ -17,6 +17,7 @@ from ..errors import CaloraError
 from .masked import MaskedLinear
 
 _LAYERS = "layers.safetensors"
+_HEAD = "head of the model/"
 _NAME = re.compile(r"pruning-(\d+)")
 
 
@@ -24,10 +25,11 @@ def directory_of(directory: Path, pruning: int) -> Path:
     return directory / f"pruning-{pruning}"
 
 
-def save(directory: Path, pruning: int, run: dict, phases: list[dict], history: list[dict], layers: dict[str, MaskedLinear]) -> None:
+def save(directory: Path, pruning: int, run: dict, phases: list[dict], history: list[dict], layers: dict[str, MaskedLinear], head: dict[str, Tensor]) -> None:
     """Write the state after a pruning, then remove those of other prunings."""
     parts = {name: {"base": layer.base, "mask": layer.mask, **layer.prepared} for name, layer in layers.items()}
     tensors = {f"{name}/{key}": t.contiguous() for name, part in parts.items() for key, t in part.items()}
+    tensors |= {f"{_HEAD}{key}": t.detach() for key, t in head.items()}
     target = directory_of(directory, pruning)
     checkpoint.write(target, {"pruning": pruning, "run": run, "phases": phases, "history": history}, {_LAYERS: tensors})
     for other in _found(directory):
@@ -35,8 +37,8 @@ def save(directory: Path, pruning: int, run: dict, phases: list[dict], history: 
             shutil.rmtree(other, ignore_errors=True)
 
 
-def restore(directory: Path, run: dict, layers: dict[str, MaskedLinear]) -> tuple[list[dict], list[dict]] | None:
-    """(phases, history) of the newest state, its weights and masks put into the layers; None where there is nothing to resume.
+def restore(directory: Path, run: dict, layers: dict[str, MaskedLinear], head: dict[str, Tensor]) -> tuple[list[dict], list[dict]] | None:
+    """(phases, history) of the newest state, its weights and masks put into the layers, and the head's; None where there is nothing to resume.
 
     Raises CaloraError where it is damaged or belongs to another run.
     """
@@ -46,11 +48,14 @@ def restore(directory: Path, run: dict, layers: dict[str, MaskedLinear]) -> tupl
     state = checkpoint.read(found[-1], run, {"pruning", "phases", "history"})
     tensors: dict[str, Tensor] = checkpoint.tensors_in(found[-1], _LAYERS)
     expected = {f"{name}/{key}": layer.base.shape for name, layer in layers.items() for key in ("base", "mask")}
-    if {key: t.shape for key, t in tensors.items() if key.endswith(("/base", "/mask"))} != expected:
+    expected |= {f"{_HEAD}{key}": t.shape for key, t in head.items()}
+    if {key: t.shape for key, t in tensors.items() if key.endswith(("/base", "/mask")) or key.startswith(_HEAD)} != expected:
         raise CaloraError(f"{found[-1]} holds other layers than this model; start afresh")
     for name, layer in layers.items():
         layer.keep(tensors[f"{name}/base"], tensors[f"{name}/mask"])
         layer.prepared = {key: tensors[f"{name}/{key}"] for key in ("down", "up", "at") if f"{name}/{key}" in tensors}
+    for key, t in head.items():
+        t.detach().copy_(tensors[f"{_HEAD}{key}"])
     return state["phases"], state["history"]
 
 
