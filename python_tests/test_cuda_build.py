@@ -130,3 +130,12 @@ def test_the_library_needs_no_cuda_at_load():
     assert not re.search(r"NEEDED.*(cuda|cudart|nvrtc)", needed)
     symbols = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True).stdout
     assert "aoti_torch_get_current_cuda_stream" not in symbols
+
+
+def test_rows_that_are_fused_by_architecture():
+    """The table of csrc/cuda/thresholds.h: 64 where nothing was measured, and never fewer than the operator takes without asking."""
+    fused = calora_ext.ops.native.fused_rows
+    formats = [calora_ext.WeightFormat(values, pattern=pattern) for values in ("int4", "int8", "nf4", "bf16") for pattern in ("dense", "2:4", "unstructured")]
+    assert {fused(80, fmt.id) for fmt in formats} == {64}
+    rows = {str(fmt): fused(90, fmt.id) for fmt in formats}
+    assert rows["bf16 unstructured"] == 16 and rows["int8"] == 128 and min(rows.values()) == 16

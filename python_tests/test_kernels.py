@@ -338,6 +338,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads(rung, fmt, m, activ
 @pytest.mark.parametrize("fmt", [WeightFormat(values, *group, pattern=pattern) for pattern, values, *group in (("unstructured", "int8"), ("unstructured", "bf16"), ("paired", "int4", 128))], ids=str)
 def test_tiles_that_hold_more_than_others_lose_nothing_to_threads(rung, fmt, m):
     """Threads share what is kept, not tiles: here the first, the middle and the last hold everything, the others next to nothing."""
+    if rung == "reference" and fmt.pattern == "paired":
+        pytest.skip("pairs no rows")
     in_, out = (256, 192) if rung == "reference" else (1024, 1440)
     weight, kept = torch.randn(out, in_), torch.rand(out, in_) < 0.02
     for tile in (0, out // 64, out // 32 - 1):
