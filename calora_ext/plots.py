@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from .tables import format_bytes
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 GREY, ORANGE, BLUE, GREEN, RED = "#8c8c8c", "#e69f00", "#0072b2", "#009e73", "#d55e00"
+_HUES = (BLUE, GREEN, ORANGE, RED, "#cc79a7")  # of value types
 
 
 def available() -> bool:
@@ -19,7 +21,7 @@ def available() -> bool:
 
 
 @contextmanager
-def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6):
+def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6, legend: float = 9):
     """Axes of one picture, saved when the block ends."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -30,8 +32,8 @@ def _figure(path: Path, title: str, width: float = 7.5, height: float = 3.6):
     axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     yield axes
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    if labels := axes.get_legend_handles_labels()[1]:
+        figure.legend(loc="outside lower center", ncols=3 if max(map(len, labels)) < 45 else 2, frameon=False, fontsize=legend)
     figure.savefig(path, dpi=144, format="png")
 
 
@@ -115,9 +117,10 @@ def error_map(path: Path, title: str, errors: Mapping[str, float]) -> None:
 
 def roofline(path: Path, title: str, points: Mapping[str, Sequence[tuple[float, float]]], bandwidth: float, speed: float, product: str) -> None:
     """name -> (operations per byte of the weight, operations a second) of each shape, under what the memory (bandwidth, bytes a second)
-    and the fastest product (speed, operations a second; product: its name) allow. Ours, named calora ..., are discs. The legend
-    says how much of its roof each reaches: the median over its shapes."""
-    with _figure(path, title, width=9, height=5.6 + 0.16 * (len(points) // 3)) as axes:
+    and the fastest product (speed, operations a second; product: its name) allow. Ours, named "calora int4 g128 2:4 (rung)", are filled: the
+    colour is the value type's, the shape the rest's, the edge the rung's. The legend says how much of its roof each reaches: the
+    median over its shapes."""
+    with _figure(path, title, width=9, height=5.6 + 0.16 * (len(points) // (3 if max(map(len, points)) < 40 else 2)), legend=8) as axes:
         every = [point for shapes in points.values() for point in shapes]
         edges = [min(x for x, _ in every) / 1.6, max(x for x, _ in every) * 1.6]
         corner = speed / bandwidth
@@ -126,13 +129,15 @@ def roofline(path: Path, title: str, points: Mapping[str, Sequence[tuple[float, 
         axes.plot(line, roof, color="black", linewidth=1.5, zorder=1)
         text = f"roof: {bandwidth / 1e9:.1f} GB/s read from memory, {speed / 1e9:,.0f} GFLOP/s in the fastest product measured ({product})"
         axes.set_title(text, loc="left", fontsize=9)
-        ours = [name for name in points if name.startswith("calora ")]
-        hues = [BLUE, ORANGE, GREEN, RED, "#56b4e9", "#cc79a7", "#f0e442", "#000000", GREY, "#882255", "#44aa99", "#999933"]
-        shades, shapes_of_others = {name: hues[i % len(hues)] for i, name in enumerate(ours)}, "s^vDP*X<>"
-        for i, (name, shapes) in enumerate(points.items()):
+        values, kinds, rungs, others = {}, {}, {}, 0
+        for name, shapes in points.items():
             reached = sorted(y / min(x * bandwidth, speed) for x, y in shapes)[len(shapes) // 2]
-            marker = "o" if name in shades else shapes_of_others[(i - len(ours)) % len(shapes_of_others)]
-            look = {"color": shades[name], "edgecolors": "black", "linewidths": 0.4} if name in shades else {"facecolors": "none", "edgecolors": "#444444"}
+            ours = re.fullmatch(r"calora (\w+)(?: g128)?(.*?)( \([^)]*\))?", name)
+            if ours:
+                hue, kind, rung = (seen.setdefault(part, len(seen)) for seen, part in zip((values, kinds, rungs), ours.groups(), strict=True))
+                marker, look = "oh^DsPX*v<>"[kind % 11], {"color": _HUES[hue % 5], "edgecolors": ("black", "white", GREY)[rung % 3], "linewidths": 0.5}
+            else:
+                marker, look, others = "s^vDP*X<>"[others % 9], {"facecolors": "none", "edgecolors": "#444444"}, others + 1
             axes.scatter([x for x, _ in shapes], [y / 1e9 for _, y in shapes], marker=marker, s=55, zorder=2, label=f"{name}: {100 * reached:.0f} %", **look)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)

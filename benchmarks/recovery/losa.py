@@ -46,6 +46,7 @@ ARMS = {
     "Wanda": ("prune", {"pruner": "wanda"}),
     "SparseGPT": ("prune", {"pruner": "sparsegpt"}),
     "SparseGPT, RMI": ("prune", {"pruner": "sparsegpt", "rates": "rmi"}),
+    "SparseGPT, OWL": ("prune", {"pruner": "sparsegpt", "rates": "owl"}),
     "SparseGPT, arithmetic rates": ("prune", {"pruner": "sparsegpt", "rates": "arithmetic"}),
     "Wanda + unmerged LoRA": ("lora", {"pruner": "wanda"}),
     "SparseGPT + unmerged LoRA": ("lora", {"pruner": "sparsegpt"}),
@@ -57,6 +58,7 @@ ARMS = {
     "LoSA as published": ("losa", PUBLISHED),
     "LoSA as published, rank 10": ("losa", {**PUBLISHED, "rank": 10}),  # as many parameters as with the sparse branch, or more
     "- RMI": ("losa", {"rates": "uniform"}),
+    "OWL instead of RMI": ("losa", {"rates": "owl"}),
     "- rank growth": ("losa", {**PUBLISHED, **UNIFORM}),
     "- schedule": ("losa", {**PUBLISHED, **ONE_SHOT}),
     "+ distillation": ("losa", {**PUBLISHED, "distill": cx.Distill(hidden={}, logits=1.0)}),
