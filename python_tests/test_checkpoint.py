@@ -353,8 +353,12 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("recipe", "mutations"), [(cx.Recipe(), 330), (cx.Recipe(sparsity="2:4"), 110), (cx.Recipe(sparsity=0.6), 110), (cx.Recipe(weights="nf4"), 110)],
-                         ids=["dense", "2:4", "0.6", "nf4"])  # fmt: skip
+MOST_DAMAGED = {("int4", None): 330, ("int4", "2:4"): 110, ("int4", 0.6): 110, ("nf4", None): 110}
+RECIPES = [cx.Recipe(weights=weights, sparsity=sparsity) for weights in ("int4", "nf4", "int8", "bf16") for sparsity in (None, "2:4", 0.6)]
+
+
+@pytest.mark.parametrize(("recipe", "mutations"), [(r, MOST_DAMAGED.get((r.weights, r.sparsity), 55)) for r in RECIPES],
+                         ids=[f"{r.weights}-{r.sparsity}" for r in RECIPES])  # fmt: skip
 def test_mutated_directories_end_in_one_sentence_or_in_valid_data(recipe, mutations, tmp_path):
     """CaloraError in one sentence, or a model whose weights are all there and finite, and that runs."""
     saved = tmp_path / "saved"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import BITS, TILE_ALIGN, TILE_ROWS, ZERO_CODE, Geometry, round_up
+from .layout import BITS, TILE_ALIGN, TILE_ROWS, ZERO_CODE, Geometry, check_finite, round_up
 
 CHUNK_COLUMNS = 32
 CHUNK_WEIGHTS = TILE_ROWS * CHUNK_COLUMNS
@@ -81,12 +81,13 @@ class Bitmask:
 
     @staticmethod
     def check(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> None:
-        """Raises CaloraError unless the offsets and the length of ``kept`` are those that the bits demand."""
+        """Raises CaloraError unless the offsets and the length of ``kept`` are those that the bits demand, and for bf16 that is not finite."""
         starts, extent = _starts(data, g)
         if not torch.equal(packed["offsets"], _offsets(starts, g)):
             raise CaloraError("the offsets of an unstructured weight do not belong to its bit mask; the file is damaged")
         if packed["kept"].numel() != extent:
             raise CaloraError(f"an unstructured weight keeps {packed['kept'].numel()} bytes, its bit mask asks for {extent}; the file is damaged")
+        check_finite(g.values, packed["kept"])
 
 
 def tail_bytes(values: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .layout import BITS, TILE_ROWS, Geometry
+from .layout import BITS, TILE_ROWS, Geometry, check_finite
 
 STEP_COLUMNS = {"bf16": 2, "int8": 4, "int4": 8, "nf4": 8}  # columns in one 128-byte step of a tile
 
@@ -21,7 +21,8 @@ class Dense:
 
     @staticmethod
     def check(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> None:
-        """Whatever the bytes are, they lead nowhere outside."""
+        """Whatever the bytes are, they lead nowhere outside. Raises CaloraError for bf16 that is not finite."""
+        check_finite(g.values, data)
 
     @staticmethod
     def tile(codes: Tensor, mask: None, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:

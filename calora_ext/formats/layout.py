@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import CaloraError
+
 LAYOUT_VERSION = 1
 TILE_ROWS = 32  # rows in a tile
 COLUMN_ALIGN = 32  # columns are padded to a multiple of this, or of the group
@@ -34,6 +36,14 @@ def code_bytes(pattern: str, values: str, columns: int) -> int:
     """Bytes of `columns` columns of one tile but for scales: codes and what says where they belong, as far as a block has them."""
     bits = {"dense": BITS[values], "2:4": BITS[values] // 2 + 1, "unstructured": 1, "paired": 0.5}[pattern]
     return int(TILE_ROWS * columns * bits) // 8
+
+
+def check_finite(values: str, codes: Tensor) -> None:
+    """Raises CaloraError for bf16 codes, uint8 with the last dimension contiguous, that are NaN or infinite; others cannot be."""
+    if values == "bf16":
+        numbers = codes.view(torch.bfloat16)
+        if not all(part.isfinite().all() for part in numbers.split(max(1, CHUNK * len(numbers) // max(1, numbers.numel())))):
+            raise CaloraError("a packed weight holds NaN or infinite values; the file is damaged")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CaloraError
-from .layout import BITS, TILE_ROWS, ZERO_CODE, Geometry
+from .layout import BITS, TILE_ROWS, ZERO_CODE, Geometry, check_finite
 
 GROUP, KEEP = 4, 2
 TURN_COLUMNS = 32  # columns whose positions fill whole bytes: a block is a sequence of turns
@@ -40,7 +40,9 @@ class TwoFour:
 
     @staticmethod
     def check(data: Tensor, packed: dict[str, Tensor], g: Geometry) -> None:
-        """Whatever the bytes are, they lead nowhere outside."""
+        """Whatever the bytes are, they lead nowhere outside. Raises CaloraError for bf16 that is not finite."""
+        turns = data.unflatten(-1, (g.block_columns // TURN_COLUMNS, -1))
+        check_finite(g.values, turns[..., : -TILE_ROWS * TURN_COLUMNS // 8])  # but for the places
 
     @staticmethod
     def tile(codes: Tensor, mask: Tensor, g: Geometry) -> tuple[Tensor, dict[str, Tensor]]:
