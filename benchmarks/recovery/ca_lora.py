@@ -240,13 +240,13 @@ def _accuracy(row: Row | None) -> str | None:
 
 
 def draw(name: str, stored: dict, folder: Path) -> None:
-    """Losses of every base with a verdict, and how CA-LoRA converges beside a LoRA from scratch."""
+    """Losses of every base on which the larger LoRA was run too, and how CA-LoRA converges beside a LoRA from scratch."""
     runs, rows = stored["runs"], rows_of(name, stored["runs"], stored["plan"]["steps"])
     unit = "nats per text" if "accuracy" in runs[0]["test"] else "nats per token"
     for v in verdicts(name, stored):
-        if v["measure"] != "nats":
-            continue
         base = v["format"]
+        if v["measure"] != "nats" or rows.get(name, base, "i-big") is None:
+            continue
         dots = [(ARMS[row.arm], row.loss, row.sd, row.arm == "i-rc-d") for row in rows if row.format == base and row.arm != "none"]
         lines = {"ceiling": v["ceiling"], "inherited": v["inherited"]}
         plots.loss_dots(folder / f"ca-lora-{file_name(name, base)}.png", f"{name}, {base}: test loss, mean ± sd of the seeds", dots, lines, unit)

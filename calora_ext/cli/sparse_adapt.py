@@ -45,7 +45,7 @@ def sparse_adapt(
     rates: Annotated[
         str | None, typer.Option(help="How a share is spread over the layers: uniform, arithmetic, rmi, owl, or FILE.json with {layer: share}.  [default: rmi, n:m uniform]")
     ] = None,
-    prunings: Annotated[int | None, typer.Option(help="How many times it is pruned, a little more each time.  [default: 5, n:m once]")] = None,
+    prunings: Annotated[int | None, typer.Option(help="How many times it is pruned, a little more each time.  [default: 5, up to one half and n:m once]")] = None,
     schedule: Annotated[str, typer.Option(help="How the sparsity grows: cubic or linear.")] = "cubic",
     rank: Annotated[int, typer.Option(help="Mean rank of the adapters that are trained and folded in.")] = 8,
     rank_growth: Annotated[float, typer.Option(help="By how much the mean rank rises at each pruning.")] = 1.0,

@@ -58,14 +58,14 @@ class Rows:
         return iter(self._by_key.values())
 
     def verdict(self, task: str, form: str, worth: float = WORTH_RECOVERING, unit: str = "nats") -> dict | None:
-        """How much of what compression cost the adapter CA-LoRA brings back, or None where an arm is missing.
+        """How much of what compression cost the adapter CA-LoRA brings back, or None where an arm is missing that the answer needs.
 
         worth, unit: the smallest gap that is worth recovering, in the unit of the losses. ``met``: 80 % of it is closed, and both LoRAs
         are behind by more than a standard deviation; where there is nothing to recover, that CA-LoRA is not worse than what was inherited.
         """
         arms = {arm: self.get(task, form, arm) for arm in ("inherited", "i", "i-big", "i-rc-d")}
         came, trained_on = self.get(task, DENSE, "inherited"), self.get(task, DENSE, "i")
-        if None in arms.values() or came is None or trained_on is None:
+        if None in (arms["inherited"], arms["i-rc-d"], came, trained_on):
             return None
         ours, inherited = arms["i-rc-d"], arms["inherited"].loss
         # Training on can overfit: the ceiling is the better of the dense model's two LoRAs, so that a gap is never flattered.
@@ -77,8 +77,11 @@ class Rows:
             "closed": (inherited - ours.loss) / gap if large else None, "seeds": len(ours.losses), "packaged": ours.packaged,
         }  # fmt: skip
         if not large:
-            says = f"nothing to recover: the gap is {gap:.4f} {unit}; CA-LoRA - inherited = {ours.loss - inherited:+.4f}"
+            worse = ours.loss - inherited
+            says = f"nothing to recover: the gap is {gap:.4f} {unit}; CA-LoRA is {abs(worse):.4f} {'worse' if worse > 0 else 'better'} than inherited"
             return found | {"says": says, "met": ours.loss - ours.sd <= inherited}
+        if None in arms.values():
+            return None
         met = found["closed"] >= ASKED
         says = f"CA-LoRA closes {100 * found['closed']:.0f} % of the gap of {gap:.4f} {unit}"
         for arm, name in (("i", "the LoRA trained on"), ("i-big", "the larger LoRA")):

@@ -33,6 +33,7 @@ from .phases import Plan, Run
 from .result import SparseAdaptResult
 
 SPARSITY = 0.7  # of the published headline
+AT_ONCE = 0.5  # up to which one pruning was better than five (benchmarks/NOTES.md)
 CALIBRATION = 128 * PIECE  # tokens; published: 128 sequences
 
 
@@ -71,7 +72,7 @@ def sparse_adapt(
 
     sparsity: a share (default 0.7, the paper's headline) or a pattern such as "2:4". recipe: instead of it, everything about the
     result; by default bf16 weights, which round least, chosen by SparseGPT, with rates "rmi" (a pattern: uniform), as published.
-    prunings: by default 5 for a share, as published, and 1 for a pattern, where more lost (benchmarks/NOTES.md). schedule: how the sparsity
+    prunings: by default 5 for a share above one half, as published, else 1: up to one half, and for a pattern, more lost (benchmarks/NOTES.md). schedule: how the sparsity
     grows over them, "cubic" as published, or "linear".
     rank: 8, as published, the mean over blocks and prunings; rank_growth: by how much the mean rises at each (1). ranks: "error",
     in proportion to the error of each block's output and at most twice the rank, as published, or "uniform".
@@ -146,8 +147,8 @@ def _recipe(sparsity: str | float | None, recipe: Recipe | None, on_grid: bool) 
 
 
 def default_prunings(sparsity: str | float) -> int:
-    """A share is approached little by little; 2:4 is two steps from dense, and steps spent before it are lost."""
-    return 1 if ":" in str(sparsity) else 5
+    """A large share is approached little by little; up to one half, and for 2:4, steps spent before it are lost."""
+    return 1 if ":" in str(sparsity) or float(sparsity) <= AT_ONCE else 5
 
 
 def default_init(pruner: str) -> str:
