@@ -34,6 +34,20 @@ def sparse_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, CompressedLinear) and m.format.sparse}
 
 
+def dies_after(steps, monkeypatch):
+    """The training is interrupted after so many optimiser steps."""
+    step, left = loop._step, steps
+
+    def dies(*arguments):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", dies)
+
+
 def mask_of(layer):
     return layer.format.unpack(layer.packed_tensors(), layer.in_features, layer.out_features).mask
 
@@ -330,17 +344,9 @@ def test_a_classifier_is_distilled_with_the_head_it_came_with(monkeypatch):
 @pytest.mark.parametrize("after", [0, 2, 3, 9])
 def test_a_classifier_resumes_bit_for_bit(after, tmp_path, monkeypatch):
     """Also where a pruning had just been saved, and no step after it."""
-    settings, step, left = {"output_dir": str(tmp_path), "save_steps": 1}, loop._step, after
+    settings, step = {"output_dir": str(tmp_path), "save_steps": 1}, loop._step
     adapt(want := make_classifier(), sparse_branch=0.1, **CLASSIFY)
-
-    def dies(*arguments):
-        nonlocal left
-        if not left:
-            raise KeyboardInterrupt
-        left -= 1
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "_step", dies)
+    dies_after(after, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         adapt(model := make_classifier(), settings, sparse_branch=0.1, **CLASSIFY)
     assert torch.equal(model.score.weight, make_classifier().score.weight)
@@ -380,16 +386,8 @@ def test_resume_is_bit_identical(after, on_grid, more, tmp_path, monkeypatch):
     settings = {"output_dir": str(tmp_path / "run"), "save_steps": 1, "save_total_limit": 1}
     options = {"recipe": Recipe(weights="int4", sparsity=0.6, group_size=32), "on_grid": on_grid, "distill": Distill(hidden={}, logits=1.0), **more}
     whole = adapt(want := make_llama(), **options)
-    left, step = after, loop._step
-
-    def dies(*arguments):
-        nonlocal left
-        if not left:
-            raise KeyboardInterrupt
-        left -= 1
-        return step(*arguments)
-
-    monkeypatch.setattr(loop, "_step", dies)
+    step = loop._step
+    dies_after(after, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         adapt(make_llama(), settings, **options)
     monkeypatch.setattr(loop, "_step", step)

@@ -120,8 +120,8 @@ void linear_pass(const LinearArgs& a, ParallelFor parallel_for) {
   }
   const int64_t units = (k.decodes(a) ? 1 : p.blocks) * a.w.g.tiles, least = stays(a, k) ? units : 1 + kForkWork / (1 + a.w.in_features * kTileRows);
   if (!k.decodes(a) || !has_kept(a.w.pattern)) return parallel_for(0, units, least, base_units, &task);
-  const int64_t bytes = units_before(a.w, units);
-  parallel_for(0, bytes, least * (1 + bytes / units), kept_units, &task);
+  const int64_t size = units_before(a.w, a.w.g.tiles);
+  parallel_for(0, size, least * (1 + size / units), kept_units, &task);
 }
 
 void prepare_grad(void* context, int64_t begin, int64_t end) {

@@ -32,19 +32,19 @@ constexpr int64_t kAlwaysFused = 16;  // of everything, at least: the architectu
 // take at least. Kernels take 64 rows of x (2:4 and unstructured: 32) at a time, so 128 rows take at most twice the time of 64: 82 of
 // 137 us for int8, with a bank 112 of 166. Between 64 and 128 rows nothing was timed: int4 and nf4, 6 and 13 % better by this count
 // without a bank and none with one, stay at 64.
-constexpr FusedRows kMeasured[] = {
+constexpr FusedRows kByArchitecture[] = {
     {90, Pattern::dense, Values::int8, 128}, {90, Pattern::dense, Values::bf16, 128},
     {90, Pattern::two_four, Values::int4, 96}, {90, Pattern::bitmask, Values::bf16, kAlwaysFused},
 };
 
 constexpr int64_t fused_rows(int architecture, Pattern pattern, Values values) {
-  for (const FusedRows& row : kMeasured)
+  for (const FusedRows& row : kByArchitecture)
     if (row.architecture == architecture && row.pattern == pattern && row.values == values) return row.rows;
   return kFusedRows;
 }
 
 static_assert([] {
-  for (const FusedRows& row : kMeasured)
+  for (const FusedRows& row : kByArchitecture)
     if (row.rows < kAlwaysFused) return false;
   return kFusedRows >= kAlwaysFused;
 }());
