@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import calora_ext
+from calora_ext import WeightFormat, ops
 
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -134,8 +135,8 @@ def test_the_library_needs_no_cuda_at_load():
 
 def test_rows_that_are_fused_by_architecture():
     """The table of csrc/cuda/thresholds.h: 64 where nothing was measured, and never fewer than the operator takes without asking."""
-    fused = calora_ext.ops.native.fused_rows
-    formats = [calora_ext.WeightFormat(values, pattern=pattern) for values in ("int4", "int8", "nf4", "bf16") for pattern in ("dense", "2:4", "unstructured")]
+    fused = ops.native.fused_rows
+    formats = [WeightFormat(values, pattern=pattern) for values in ("int4", "int8", "nf4", "bf16") for pattern in ("dense", "2:4", "unstructured")]
     assert {fused(80, fmt.id) for fmt in formats} == {64}
     rows = {str(fmt): fused(90, fmt.id) for fmt in formats}
     assert rows["bf16 unstructured"] == 16 and rows["int8"] == 128 and min(rows.values()) == 16
