@@ -115,7 +115,7 @@ using ParallelFor = void (*)(int64_t begin, int64_t end, int64_t grain, Body bod
 
 struct Kernels {
   const char* isa;
-  bool (*decodes)(const LinearArgs&);  // rather than prefill: all calls of up to kDecodeRows rows; of w, x_dtype, m and activations only
+  bool (*decodes)(const LinearArgs&);  // rather than prefill: all calls of up to 4 rows; of w, x_dtype, m and activations only
   int64_t fork_bytes;  // of packed weights: one row is decoded against fewer of them sooner by one thread (linear.cpp)
   void (*prepare)(const LinearArgs&, int64_t row_begin, int64_t row_end);            // x -> xq, x_scale, x_sum | xf | xb; prefill: whole panels
   void (*bank_down)(const LinearArgs&, int64_t row_begin, int64_t row_end, int64_t rank_begin, int64_t rank_end);  // x -> t

@@ -144,11 +144,11 @@ def test_sparse_weights_by_more_rows_than_eight(rung, fmt, density):
 
 @pytest.mark.parametrize("fmt", [f for f in SPARSE + PAIRED if f.group_size in (-1, 128)], ids=str)
 def test_sparse_rows_longer_than_a_piece(rung, fmt):
-    """Rows of several pieces, in which a block is expanded for prefill; the last one is short."""
+    """Rows of several pieces, in which a block is expanded or taken apart for prefill; the last one is short."""
     in_, out = 1060, 40
     packed, bias, *_ = layer(fmt, out, in_, 0, torch.float32, density=0.6)
     dense, tensors = fmt.decode(packed, in_, out), list(packed.values())
-    for m in (1, 9, 30):
+    for m in (1, 9, 30, 70):
         x = torch.randn(m, in_, generator=torch.Generator().manual_seed(m))
         want = in_float64(x, dense, bias, None, None, 0)
         y = ops.linear(x, tensors, fmt, in_, out, bias, activations="exact")
@@ -157,6 +157,21 @@ def test_sparse_rows_longer_than_a_piece(rung, fmt):
             want = in_float64(x, met_by_int8(fmt, packed, out, in_), bias, None, None, 0, quantised_activations(x, fmt, in_))
             y = ops.linear(x, tensors, fmt, in_, out, bias, activations="int8")
             assert (y.double() - want).norm() <= 3e-6 * want.norm(), m
+
+
+@pytest.mark.parametrize("fmt", [WeightFormat("int4", 96, pattern="2:4"), WeightFormat("int4", -1, pattern="2:4"), WeightFormat("int8", pattern="2:4")], ids=str)
+def test_sums_hold_the_largest_weights_and_activations(rung, fmt):
+    """Every kept code the most negative one, every activation the largest: no sum of 16 bits overflows, no product saturates."""
+    in_, out = 1056, 40
+    q = fmt.unpack(pack(fmt, torch.randn(out, in_, generator=torch.Generator().manual_seed(1))), in_, out)
+    q.codes[q.mask] = {"int4": 0, "int8": 1}[fmt.values]
+    packed = fmt.pack_quantized(q)
+    for m in (1, 2, 4, 7, 12, 70):
+        for value in (1.0, -1.0):
+            x = torch.full((m, in_), value)
+            want = in_float64(x, fmt.decode(packed, in_, out), torch.zeros(out), None, None, 0)
+            y = ops.linear(x, list(packed.values()), fmt, in_, out, activations="int8")
+            assert (y.double() - want).norm() <= 3e-6 * want.norm(), (m, value)
 
 
 @pytest.mark.parametrize("group", [32, 128, -1])

@@ -38,19 +38,60 @@ inline void offset_x(const LinearArgs& a, int64_t row_begin, int64_t row_end) {
 
 alignas(16) constexpr int8_t kSignedNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
 
+// Up to how many rows of x are decoded. More are faster as panels (gemm_24.h), but for int8 without VNNI, whose products are what takes time.
+template <class V>
+constexpr int64_t most_two_four_rows(Values values) {
+  if (values == Values::int4) return 4;
+  if (values == Values::nf4) return kDecodeRows;
+  return !V::kVnni ? kMaxRows : V::kLanes == 16 ? 64 : 12;
+}
+
+template <int n> struct Substep { static constexpr int value = n; };
+
+// What a turn's kept weights are multiplied as.
+template <class V, Values values>
+struct TwoFourCodes {
+  using I = typename V::I;
+  static constexpr int kLines = values == Values::int8 ? 4 : 2;  // of 128 bytes in a turn, places apart
+  // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
+  static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
+  static constexpr float kUnit = kTimes16 ? 1.0f / 16 : 1.0f;  // what an integer sum counts
+
+  // Elements 4 i .. 4 i + 3 of every row as signed bytes.
+  template <int i>
+  static I elements(const I (&lines)[kLines]) {
+    if constexpr (values == Values::int8) return lines[i];
+    const I line = lines[i / 2 % kLines];
+    if constexpr (kTimes16) {
+      return V::iand(i % 2 ? line : V::template shl16<4>(line), V::iset1_8(static_cast<char>(0xf0)));
+    } else {
+      I table;
+      repeat16(kSignedNibbles, table);
+      return shuffle8(table, V::iand(i % 2 ? V::template shr16<4>(line) : line, V::iset1_8(15)));
+    }
+  }
+
+  // Where elements 4 i .. 4 i + 3 meet their columns among 8. Bits 0 and 1 of a place pick a column of its group, bit 2 the group; a shuffle
+  // reads bits 0 to 3 and 7, x lies there twice for bit 3. two: places of a substep and the one two later are cut out of their bytes together.
+  template <int i>
+  static I shuffles(const I& places, I& two) {
+    if constexpr (i < 2) two = and_or(i ? V::template shr16<2>(places) : places, V::iset1_8(0x33), V::iset1(0x44440000));
+    return i < 2 ? two : V::template shr16<4>(two);
+  }
+};
+
 template <class V, int M, Values values>
 struct TwoFourPath {
   using I = typename V::I;
+  using Codes = TwoFourCodes<V, values>;
   static constexpr int R = V::kTileRegs;
   static constexpr int64_t kTurnBytes = turn_bytes(values);
-  // A nibble in the high half of a byte is 16 times its value: no look-up, where products of 8 bits by 8 do not saturate.
-  static constexpr bool kTimes16 = V::kVnni && values == Values::int4;
 
   // Tiles side by side, turns of a tile before the next has its turn, and how far ahead is asked for: what streams best. Far
   // ahead where arithmetic takes longer than memory, which would be too much where it does not, and one tile after the other
   // where it takes longest (benchmarks/NOTES.md).
   static constexpr bool kFar = V::kVnni && (values == Values::int8 ? V::kLanes == 8 || M > 1 : V::kLanes == 16 && M >= 4);
-  static constexpr bool kAlone = V::kVnni && V::kLanes == 16 && (values == Values::int8 ? M >= 4 : M == 8);
+  static constexpr bool kAlone = V::kVnni && V::kLanes == 16 && values == Values::int8 && M >= 4;
   static constexpr int64_t kTiles = kAlone ? 1 : values == Values::int4 && M == 1 ? kOddStreams : kStreams;
   static constexpr int64_t kVisit = kAlone ? 4 : kFar == (values == Values::int8) ? 2 : 1, kTurnAhead = kFar ? 4096 : kAhead;
 
@@ -79,7 +120,7 @@ struct TwoFourPath {
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       auto scale = block_scale<V>(a.w, p, i);
-      if constexpr (kTimes16) scale = V::mul(scale, V::set1(1.0f / 16));
+      if constexpr (Codes::kTimes16) scale = V::mul(scale, V::set1(Codes::kUnit));
       const I offset = V::template shl32<7>(sums.weights[i]);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)
@@ -137,37 +178,18 @@ struct TwoFourPath {
   // Sums are formed where they are written: of several rows GCC forms all products first, and spills them.
   static constexpr bool kPinned = V::kLanes == 8 && (V::kVnni ? M == 2 : M > 1);
   static constexpr bool kTwoAtOnce = values == Values::int4 || M > 1;  // int8 by one row is 0.62 (avx512-vnni) and 0.94 x (avx2) with it
-  static constexpr int kLines = values == Values::int8 ? 4 : 2;  // of 128 bytes in a turn, places apart
+  static constexpr int kLines = Codes::kLines;
 
-  // Elements 4 i .. 4 i + 3 of every row as signed bytes.
-  template <int i>
-  static I elements(const I (&lines)[kLines]) {
-    if constexpr (values == Values::int8) return lines[i];
-    const I line = lines[i / 2 % kLines];
-    if constexpr (kTimes16) {
-      return V::iand(i % 2 ? line : V::template shl16<4>(line), V::iset1_8(static_cast<char>(0xf0)));
-    } else {
-      I table;
-      repeat16(kSignedNibbles, table);
-      return shuffle8(table, V::iand(i % 2 ? V::template shr16<4>(line) : line, V::iset1_8(15)));
-    }
-  }
-
-  // 8 columns. Bits 0 and 1 of a place pick a column of its group, bit 2 the group; a shuffle reads bits 0 to 3 and 7, x lies there
-  // twice for bit 3. Places of a substep and the one two later are cut out of their bytes together.
+  // 8 columns.
   template <int G, int i>
   __attribute__((always_inline)) static void substep(const int8_t* x, int64_t row, const I (&lines)[G][kLines], const I (&places)[G], I (&two)[G],
                                                      I (&part)[M][G], I (&weights)[G]) {
     I w[G], at[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      w[g] = elements<i>(lines[g]);
-      if constexpr (kTwoAtOnce) {
-        if constexpr (i < 2) two[g] = and_or(i ? V::template shr16<2>(places[g]) : places[g], V::iset1_8(0x33), V::iset1(0x44440000));
-        at[g] = i < 2 ? two[g] : V::template shr16<4>(two[g]);
-      } else {
-        at[g] = and_or(i ? V::template shr16<2 * i>(places[g]) : places[g], V::iset1_8(3), V::iset1(0x04040000));
-      }
+      w[g] = Codes::template elements<i>(lines[g]);
+      if constexpr (kTwoAtOnce) at[g] = Codes::template shuffles<i>(places[g], two[g]);
+      else at[g] = and_or(i ? V::template shr16<2 * i>(places[g]) : places[g], V::iset1_8(3), V::iset1(0x04040000));
       if constexpr (kSum16) weights[g] = add8(weights[g], w[g]);
       else if constexpr (V::kVnni) weights[g] = V::dot(weights[g], V::iset1_8(1), w[g]);
       else weights[g] = V::iadd(weights[g], V::madd(V::maddubs(V::iset1_8(1), w[g]), V::iset1_16(1)));

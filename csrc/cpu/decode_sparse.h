@@ -93,7 +93,9 @@ void expanded_tile(const LinearArgs& a, int64_t tile) {
 
 template <class V, int M, Values values>
 void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
-  if (a.w.pattern == Pattern::two_four) return stream_turns<V, M, TwoFourPath<V, M, values>>(a, begin, end);
+  if (a.w.pattern == Pattern::two_four) {
+    if constexpr (M <= most_two_four_rows<V>(values)) return stream_turns<V, M, TwoFourPath<V, M, values>>(a, begin, end);
+  }
 #ifdef __AVX512VBMI2__
   if constexpr (values == Values::int4)
     if (a.w.pattern == Pattern::paired) return stream_turns<V, M, PairPath<V, M>>(a, begin, end);

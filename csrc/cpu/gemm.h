@@ -9,6 +9,7 @@
 // The order of every sum is fixed by the shape alone, never by how units are spread over threads.
 #pragma once
 #include "../kernels.h"
+#include "gemm_24.h"
 #include "gemm_decode.h"
 #include "gemm_kept.h"
 #include "gemm_micro.h"
@@ -165,6 +166,11 @@ void add_exact(const LinearArgs& a, int64_t tile, Unit<R>& u) {
 template <class V, int R>
 void add_base(const LinearArgs& a, int64_t tile, Unit<R>& u) {
   if (a.activations == Activations::int8) {
+    if (shuffles_x<V>(a.w)) {
+      if constexpr (V::kVnni)
+        if (a.w.values == Values::int8) return add_two_four<V, Values::int8, R>(a, tile, u);
+      return add_two_four<V, Values::int4, R>(a, tile, u);
+    }
 #ifdef __AVX512VBMI2__
     if (a.w.pattern == Pattern::paired) return add_pairs<V, R>(a, tile, u);
     if (a.w.pattern == Pattern::bitmask && a.w.values == Values::int8) return add_kept_bytes<V, R>(a, tile, u);

@@ -3,6 +3,7 @@
 //   panel  =  step 0: row 0 | row 1 | ... | row R-1,  step 1: row 0 | ...        4 bytes a row and step:
 //             4 int8 columns,  or 1 fp32 column,  or 2 bf16 columns
 //
+// (Of 2:4 by int8, whose products shuffle x: 8 columns of int8 a step, and + 128, see decode_24.h.)
 // One running pointer then serves all R rows; rows read where they lie, a power of two apart, would fight for one set of
 // the L1. Scales and sums of the quantised rows are (panel, block, R), t stays (row, rank). Padding rows and columns are 0.
 #pragma once
@@ -23,6 +24,16 @@ bool prefill_bf16_dot(const LinearArgs& a) {
 inline void scatter(const void* row, int64_t steps, int64_t R, void* to) {
   for (int64_t s = 0; s < steps; ++s)
     std::memcpy(static_cast<char*>(to) + 4 * s * R, static_cast<const char*>(row) + 4 * s, 4);
+}
+
+// The same by groups of 8 int8 columns, as unsigned bytes: + 128.
+inline void scatter_eights(const int8_t* row, int64_t steps, int64_t R, int8_t* to) {
+  for (int64_t s = 0; s < steps; ++s) {
+    uint64_t eight;
+    std::memcpy(&eight, row + 8 * s, 8);
+    eight ^= 0x8080808080808080;
+    std::memcpy(to + 8 * s * R, &eight, 8);
+  }
 }
 
 constexpr int64_t kScatterColumns = 256;  // at a time, so that the lines of the panel stay in L1 until all rows wrote theirs
@@ -61,6 +72,12 @@ inline void pack_bf16(const uint16_t* x, int64_t rows, int64_t valid, int64_t co
   }
 }
 
+// Whether prefill by int8 activations shuffles them to kept weights (gemm_24.h). Without VNNI products of int8 are no faster so.
+template <class V>
+bool shuffles_x(const Weight& w) {
+  return w.pattern == Pattern::two_four && (w.values == Values::int4 || (w.values == Values::int8 && V::kVnni));
+}
+
 template <class V, class X>
 void pack_int8(const LinearArgs& a, const X* x, int64_t rows, int64_t panel, int64_t R) {
   const Geometry& g = a.w.g;
@@ -78,7 +95,8 @@ void pack_int8(const LinearArgs& a, const X* x, int64_t rows, int64_t panel, int
         std::memset(codes, 0, static_cast<std::size_t>(g.block_columns));
         scale[r] = 0, sum[r] = 0;
       }
-      scatter(codes, g.block_columns / 4, R, to + 4 * r);
+      if (shuffles_x<V>(a.w)) scatter_eights(codes, g.block_columns / 8, R, to + 8 * r);
+      else scatter(codes, g.block_columns / 4, R, to + 4 * r);
     }
   }
 }

@@ -12,20 +12,19 @@ namespace calora {
 namespace {
 
 // Up to how many rows are decoded. Of sparse weights more than kDecodeRows, eight at a time, where a tile is faster multiplied again, from L2,
-// than expanded once for all rows: 2:4 has half the products of a dense weight then, and is faster at any M on avx512-vnni and, of int8, on
-// avx2 (benchmarks/NOTES.md).
+// than taken apart or expanded once for all rows (benchmarks/NOTES.md).
 template <class V>
 int64_t most_decoded_rows(const LinearArgs& a) {
   const Values values = a.w.values;
   const bool int8 = a.activations == Activations::int8;
   if (a.w.pattern == Pattern::dense) return most_dense_rows<V>(values, a.activations);
+  if (a.w.pattern == Pattern::two_four && int8) return most_two_four_rows<V>(values);
 #if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
-  const bool integers = int8 && (values == Values::int8 || values == Values::int4);
-  const bool bf16 = a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16;
-  if (a.w.pattern == Pattern::two_four && (integers || bf16)) return kMaxRows;
-  if (a.w.pattern == Pattern::bitmask && bf16) return 16;
+  if (a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16) {
+    if (a.w.pattern == Pattern::two_four) return kMaxRows;
+    if (a.w.pattern == Pattern::bitmask) return 16;
+  }
 #endif
-  if (V::kLanes == 8 && a.w.pattern == Pattern::two_four && int8 && values == Values::int8) return V::kVnni ? 64 : kMaxRows;
   return kDecodeRows;
 }
 

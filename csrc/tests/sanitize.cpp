@@ -416,12 +416,12 @@ int main() {
     kReference.decode_rows(p.w, 0, 34, dense.data());
     run(p, rungs, dense, {DType::bf16, DType::bf16, f.values == Values::bf16 ? Activations::exact : Activations::int8, kMaxRows + 45, 5, 2, true, true}, f.name());
     run(p, rungs, dense, {DType::f32, DType::f32, Activations::exact, 300, 5, 2, false, true}, f.name());
-    // Rows longer than the pieces in which they are expanded.
+    // Rows longer than the pieces in which they are expanded, or taken apart.
     for (const bool damaged : {false, true}) {
       const Packed longer = make_weight(f, 1060, 33, 0.6, damaged);
       std::vector<float> weights(damaged ? 0 : 1060 * 33);
       if (!damaged) kReference.decode_rows(longer.w, 0, 33, weights.data());
-      run(longer, rungs, weights, {DType::f32, DType::f32, f.values == Values::bf16 ? Activations::exact : Activations::int8, 20, 0, 0, false, true}, f.name());
+      run(longer, rungs, weights, {DType::f32, DType::f32, f.values == Values::bf16 ? Activations::exact : Activations::int8, 70, 0, 0, false, true}, f.name());
       run(longer, rungs, weights, {DType::bf16, DType::bf16, Activations::exact, 20, 0, 0, false, true}, f.name());
     }
   }
