@@ -21,7 +21,7 @@ OURS = [name + lora for name in ("calora int4 g128", "calora int4 g64") for lora
 BANKS = [f"calora int4 g{g} + {bank}" for g in (128, 64) for bank in ("LoRA r16 + recovery r16", "LoRA r64")]
 EXACT = ["calora int4 g128 exact bf16", "calora int4 g128 exact fp32"]
 TORCH = [name + lora for name in ("torch fp32", "torch bf16", "torch int4 g128", "torch dynamic int8") for lora in ("", LORA)]
-OTHERS = [name + lora for name in ("bitsandbytes nf4", "onnxruntime int4") for lora in ("", LORA)]
+OTHERS = [name + lora for name in ("bitsandbytes nf4", "onnxruntime int4", "llama.cpp Q4_0", "llama.cpp Q4_K", "llama.cpp Q8_0") for lora in ("", LORA)]
 
 
 def groups() -> list[Group]:

@@ -512,12 +512,25 @@ def test_bench(calora, tmp_path):
     done = calora("bench", "--shapes", "96x64", "--rank", 4, "--seconds", 0.01, "--isa", "reference")
     ours = [row for row in done.json if row["isa"] == "reference"]
     assert {row["rank"] for row in ours} == {0, 4} and all(row["seconds"] > 0 for row in done.json)
+    assert {row["recovery_rank"] for row in done.json} == {0}
     assert any(row["peer"] == "torch fp32" for row in done.json) and "96x64" in done.out
     assert "of the read bandwidth" in done.out
     refused(calora("bench", "--shapes", "96x64", "--plot", tmp_path / "roof.svg"), "ends in .png")
     refused(calora("bench", "--shapes", "96"), "OUTxIN")
     refused(calora("bench", "--shapes", "96x200000"), "131072")
     refused(calora("bench", "--shapes", "96x64", "--isa", "reference,z80"), "z80")
+    refused(calora("bench", "--shapes", "96x64", "--threads", "1,two"), "number of threads")
+    refused(calora("bench", "--shapes", "96x64", "--threads", "1,2", "--plot", tmp_path / "roof.png"), "one number of threads")
+
+
+def test_bench_times_recovery_modules_and_numbers_of_threads(calora, tmp_path):
+    before = torch.get_num_threads()
+    done = calora("bench", "--shapes", "64x64", "--rank", 4, "--recovery-rank", 2, "--threads", "1,2", "--seconds", 0.01, "--isa", "reference")
+    assert torch.get_num_threads() == before
+    ours = [row for row in done.json if row["isa"]]
+    assert {(row["threads"], row["rank"], row["recovery_rank"]) for row in ours} == {(n, *bank) for n in (1, 2) for bank in ((0, 0), (4, 0), (4, 2))}
+    assert {(row["threads"], row["rank"], row["recovery_rank"]) for row in done.json if not row["isa"]} == {(n, r, 0) for n in (1, 2) for r in (0, 4)}
+    assert "4 + 2" in done.out
 
 
 @pytest.mark.skipif(not plots.available(), reason="needs matplotlib")

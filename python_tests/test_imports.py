@@ -17,7 +17,7 @@ PACKAGE = Path(calora_ext.__file__).parent
 # A unit is a top-level module or sub-package. It may import units of a lower level, and itself.
 LEVELS = {
     0: ("errors", "tables", "measure", "progress", "loss", "heap"),
-    1: ("arguments", "formats", "card", "plots"),
+    1: ("arguments", "formats", "card", "plots", "peers"),
     2: ("ops", "pruning"),
     3: ("recipe", "packed"),
     4: ("linear",),
