@@ -577,13 +577,18 @@ void stream(const LinearArgs& a, int64_t tile_begin, int64_t tile_end) {
   }
 }
 
-// Up to how many rows dense weights are decoded: with 16 registers eight rows by all codes spill, and prefill is faster from six or eight on,
-// but for bf16, which is bound by memory (benchmarks/NOTES.md).
+// Up to how many rows dense weights are decoded: where registers are too few for the sums of more rows, or their x is broadcast too often, prefill
+// is faster from five to eight on, but for bf16, which is bound by memory (benchmarks/NOTES.md).
 template <class V>
 constexpr int64_t most_dense_rows(Values values, Activations activations) {
-  if (V::kLanes == 16 || values == Values::bf16) return kDecodeRows;
-  if (activations == Activations::int8 && values == Values::int4 && !V::kVnni) return 4;
-  return activations == Activations::int8 || values == Values::int4 ? 5 : 7;
+  const bool int8 = activations == Activations::int8;
+  if (V::kLanes == 16) {
+    if (!int8) return kDecodeRows;
+    return values == Values::int8 ? 6 : V::kVnni ? 4 : values == Values::int4 ? 5 : 6;
+  }
+  if (values == Values::bf16) return kDecodeRows;
+  if (int8 && values == Values::int4 && !V::kVnni) return 4;
+  return int8 || values == Values::int4 ? 5 : 7;
 }
 
 // Nothing is compiled for more rows: decodes() of rung.h, by the same number, sends those to prefill.

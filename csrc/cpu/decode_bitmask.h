@@ -17,6 +17,8 @@
 namespace calora {
 namespace {
 
+constexpr int64_t kKeptRows = 4;  // of x: more are faster as panels (gemm_kept.h)
+
 #ifdef __AVX512VBMI2__
 
 template <class V, int M, Values values>
@@ -28,7 +30,7 @@ struct MaskPath {
   // own prefetching follows cost a third of the speed; software prefetches gain 3 % at 50 % int8, and lose up to 15 % at 70 %,
   // where arithmetic does not take longer than memory.
   static constexpr int64_t kTiles = M < 4 ? 2 : 1, kVisit = 4, kFar = M < 4 ? 0 : 4096;  // bytes ahead
-  static constexpr int kChains = M <= 4 ? 2 : 1;  // of sums: one would wait for the latency of vpdpbusd
+  static constexpr int kChains = 2;  // of sums: one would wait for the latency of vpdpbusd
 
   struct Sums {  // of (unsigned code) * xq
     I products[kChains][M][R];
@@ -100,7 +102,7 @@ struct PairPath {
   using I = typename V::I;
   static constexpr int R = V::kTileRegs;
   static constexpr int64_t kTiles = M == 1 ? 2 : 1, kVisit = 4, kFar = M == 1 ? 0 : 8192;  // bytes ahead, where arithmetic takes as long as memory
-  static constexpr int kChains = M <= 4 ? 2 : 1;
+  static constexpr int kChains = 2;
   static_assert(R == 2, "a register of rows 0..15, one of rows 16..31");
 
   struct Sums {  // of whole bytes, and of high nibbles times 16

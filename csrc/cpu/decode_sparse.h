@@ -97,9 +97,11 @@ void decode_sparse_values(const LinearArgs& a, int64_t begin, int64_t end) {
     if constexpr (M <= most_two_four_rows<V>(values)) return stream_turns<V, M, TwoFourPath<V, M, values>>(a, begin, end);
   }
 #ifdef __AVX512VBMI2__
-  if constexpr (values == Values::int4)
-    if (a.w.pattern == Pattern::paired) return stream_turns<V, M, PairPath<V, M>>(a, begin, end);
-  stream_turns<V, M, MaskPath<V, M, values>>(a, begin, end);
+  if constexpr (M <= kKeptRows) {
+    if constexpr (values == Values::int4)
+      if (a.w.pattern == Pattern::paired) return stream_turns<V, M, PairPath<V, M>>(a, begin, end);
+    stream_turns<V, M, MaskPath<V, M, values>>(a, begin, end);
+  }
 #else
   for (int64_t tile = begin; tile < end; ++tile) expanded_tile<V, M, values>(a, tile);
 #endif
