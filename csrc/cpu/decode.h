@@ -260,7 +260,7 @@ struct IntPath {
     const int64_t blocks = a.w.g.blocks;
 #pragma GCC unroll 4
     for (int i = 0; i < V::kTileRegs; ++i) {
-      const auto scale = V::mul(block_scale<V>(values, a.w, tile, block, p, i), V::set1(kUnit<values>));
+      const auto scale = V::mul(block_scale<V>(values, a.w, tile, block, p, i), V::set1(unit_of(values)));
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int x_sum = a.x_sum[m * blocks + block];

@@ -81,10 +81,12 @@ void expanded_tile(const LinearArgs& a, int64_t tile) {
   alignas(64) float sums[M * kTileRows] = {};
   for (int64_t b = 0; b < g.blocks; ++b) {
     const Block w = block_of<V>(a.w, tile, b);
-    for (int64_t m = 0; m < a.m; ++m)
+    for (int64_t m = 0; m < a.m; ++m) {
+      const float unit = a.x_scale[m * g.blocks + b] * unit_of(values);
+      const int32_t from = sum_start<V>(values, false, a.x_sum[m * g.blocks + b]);
       for (int reg = 0; reg < V::kTileRegs; reg += 2)
-        int_pair<V, values, false, 1, 1>(w, 0, w.columns, w.codes, reg, a.xq + m * g.columns + b * g.block_columns, a.x_scale + m * g.blocks + b,
-                                         a.x_sum + m * g.blocks + b, nullptr, sums + m * kTileRows);
+        int_pair<V, values, false, 1, 1>(w, 0, w.columns, w.codes, reg, a.xq + m * g.columns + b * g.block_columns, &unit, &from, nullptr, sums + m * kTileRows);
+    }
   }
   typename V::F y[M][V::kTileRegs];
   add_sums<V, M>(sums, y);

@@ -61,18 +61,18 @@ inline __attribute__((always_inline)) void kept_dots(const Piece& p, const int8_
 
 // A whole block in pairs.
 template <class V, bool expands, int R>
-__attribute__((noinline)) void pair_panel(const Piece& p, typename V::F first, typename V::F last, const int8_t* x, const float* x_scale, const int32_t* x_sum, float* acc) {
+__attribute__((noinline)) void pair_panel(const Piece& p, typename V::F first, typename V::F last, const int8_t* x, const float* unit, const int32_t* from, float* acc) {
   typename V::I sum[R][2];  // of whole bytes, and of high nibbles times 16: without the middles, as of int_pair
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    const auto offset = static_cast<uint32_t>(kInt4Zero) * static_cast<uint32_t>(x_sum[r]);
-    sum[r][0] = V::iset1(static_cast<int32_t>(-17 * offset)), sum[r][1] = V::iset1(static_cast<int32_t>(-16 * offset));
+    const auto low = static_cast<uint32_t>(from[r]);
+    sum[r][0] = V::iset1(static_cast<int32_t>(17 * low)), sum[r][1] = V::iset1(static_cast<int32_t>(16 * low));
   }
   kept_dots<V, true, expands, R>(p, x, sum);
   last = V::mul(last, V::set1(1.0f / 16));
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    const auto scale = V::set1(x_scale[r]);
+    const auto scale = V::set1(unit[r]);
     float* y = acc + r * kTileRows;
     V::store(y, V::fma(V::to_float(V::isub(sum[r][0], sum[r][1])), V::mul(scale, first), V::load(y)));
     V::store(y + V::kLanes, V::fma(V::to_float(sum[r][1]), V::mul(scale, last), V::load(y + V::kLanes)));
@@ -112,10 +112,8 @@ void add_kept_bytes(const LinearArgs& a, int64_t tile, U& u) {
   alignas(64) uint8_t codes[kKeptColumns * kTileRows];
   alignas(64) int32_t sums[kMaxBlockPanels * R * kTileRows];
   for (int64_t r = 0; r < u.count * R; ++r)
-    for (int n = 0; n < kTileRows; n += V::kLanes) {
-      const auto offset = static_cast<uint32_t>(kInt8Zero) * static_cast<uint32_t>(a.x_sum[u.first * R + r]);
-      V::istore(sums + r * kTileRows + n, V::iset1(static_cast<int32_t>(-offset)));
-    }
+    for (int n = 0; n < kTileRows; n += V::kLanes)
+      V::istore(sums + r * kTileRows + n, V::iset1(a.x_sum[u.first * R + r]));
   for (int64_t k = 0; k < g.columns; k += kKeptColumns) {
     const Piece p = piece_of<false>(a.w, tile, 0, k, g.columns - k < kKeptColumns ? g.columns - k : kKeptColumns, codes);
     for (int64_t i = 0; i < u.count; ++i) {

@@ -1,6 +1,6 @@
 // The micro-kernels of prefill: R rows of x times a tile of 32 rows of W, over one block of columns, onto fp32 sums in L1.
 //
-//     acc[r][0..31]  +=  scale_x[r] * scale_w[0..31] * (integer sum over the block)       int_panel
+//     acc[r][0..31]  +=  unit[r] * scale_w[0..31] * (from[r] + integer sum over the block)    int_panel
 //     acc[r][0..31]  +=  scale_w[0..31] * (fp32 sum over the chunk)                       float_panel
 //
 // Each keeps 2 registers of weights by up to 12 rows (32 registers) or 6 rows (16 registers) of sums live; x is broadcast
@@ -103,7 +103,7 @@ struct Block {
 // Columns [k, end) of RS rows of a panel of R by the registers `reg` and `reg + 1` of a tile. kept: the integer sums of all rows of the panel,
 // where a block is multiplied in pieces.
 template <class V, Values values, bool zeros, int RS, int R>
-CALORA_INLINE void int_pair(const Block& w, int64_t k, int64_t end, const uint8_t* next, int reg, const int8_t* x, const float* x_scale, const int32_t* x_sum,
+CALORA_INLINE void int_pair(const Block& w, int64_t k, int64_t end, const uint8_t* next, int reg, const int8_t* x, const float* unit, const int32_t* from,
                             int32_t (*kept)[kTileRows], float* acc) {
   using I = typename V::I;
   constexpr int L = V::kLanes;
@@ -113,8 +113,8 @@ CALORA_INLINE void int_pair(const Block& w, int64_t k, int64_t end, const uint8_
   // The zero point is folded in: sum (code - zero) x = sum code x - zero * sum x. Sums wrap, and end up in range.
   auto start = [&](int r, int v) __attribute__((always_inline)) {
     if (k) return V::iload(kept[r] + n + v * L);
-    if constexpr (zeros) return V::imul(V::iload(w.zero + n + v * L), V::iset1(-x_sum[r]));
-    else return V::iset1(static_cast<int32_t>(-static_cast<uint32_t>(kOffset<V, values>) * static_cast<uint32_t>(x_sum[r])));
+    if constexpr (zeros) return V::imul(V::iload(w.zero + n + v * L), V::iset1(from[r]));
+    else return V::iset1(from[r]);
   };
   I sum[RS][2];
   if constexpr (kSum32<V, values>) {
@@ -144,7 +144,7 @@ CALORA_INLINE void int_pair(const Block& w, int64_t k, int64_t end, const uint8_
   const auto s0 = V::load(w.scale + n), s1 = V::load(w.scale + n + L);
   CALORA_UNROLL
   for (int r = 0; r < RS; ++r) {
-    const auto sx = V::set1(x_scale[r] * kUnit<values>);
+    const auto sx = V::set1(unit[r]);
     float* y = acc + r * kTileRows + n;
     V::store(y, V::fma(V::to_float(sum[r][0]), V::mul(sx, s0), V::load(y)));
     V::store(y + L, V::fma(V::to_float(sum[r][1]), V::mul(sx, s1), V::load(y + L)));
@@ -156,14 +156,14 @@ constexpr int64_t kPieceColumns = 256;
 
 // One block of a tile by one panel. Not inlined: register allocation then sees nothing else.
 template <class V, Values values, bool zeros, int R>
-__attribute__((noinline)) void int_panel(const Block& w, const int8_t* x, const float* x_scale, const int32_t* x_sum, float* acc) {
+__attribute__((noinline)) void int_panel(const Block& w, const int8_t* x, const float* unit, const int32_t* from, float* acc) {
   constexpr int A = (R + 1) / 2, B = R / 2;
   if constexpr (V::kTileRegs == 2) {
-    int_pair<V, values, zeros, R, R>(w, 0, w.columns, w.codes, 0, x, x_scale, x_sum, nullptr, acc);
+    int_pair<V, values, zeros, R, R>(w, 0, w.columns, w.codes, 0, x, unit, from, nullptr, acc);
   } else if constexpr (!V::kVnni || values != Values::int8) {
     for (int reg = 0; reg < V::kTileRegs; reg += 2) {
-      int_pair<V, values, zeros, A, R>(w, 0, w.columns, w.codes, reg, x, x_scale, x_sum, nullptr, acc);
-      int_pair<V, values, zeros, B, R>(w, 0, w.columns, w.codes, reg, x + 4 * A, x_scale + A, x_sum + A, nullptr, acc + A * kTileRows);
+      int_pair<V, values, zeros, A, R>(w, 0, w.columns, w.codes, reg, x, unit, from, nullptr, acc);
+      int_pair<V, values, zeros, B, R>(w, 0, w.columns, w.codes, reg, x + 4 * A, unit + A, from + A, nullptr, acc + A * kTileRows);
     }
   } else {
     alignas(64) int32_t kept[R][kTileRows];
@@ -171,8 +171,8 @@ __attribute__((noinline)) void int_panel(const Block& w, const int8_t* x, const 
       const int64_t end = w.columns - k < kPieceColumns ? w.columns : k + kPieceColumns, quarter = code_bytes(values, end - k) / 4;
       const uint8_t* next = w.codes + code_bytes(values, end);
       for (int reg = 0; reg < V::kTileRegs; reg += 2, next += 2 * quarter) {
-        int_pair<V, values, zeros, A, R>(w, k, end, next, reg, x, x_scale, x_sum, kept, acc);
-        int_pair<V, values, zeros, B, R>(w, k, end, next + quarter, reg, x + 4 * A, x_scale + A, x_sum + A, kept + A, acc + A * kTileRows);
+        int_pair<V, values, zeros, A, R>(w, k, end, next, reg, x, unit, from, kept, acc);
+        int_pair<V, values, zeros, B, R>(w, k, end, next + quarter, reg, x + 4 * A, unit + A, from + A, kept + A, acc + A * kTileRows);
       }
     }
   }

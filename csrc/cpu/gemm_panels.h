@@ -5,10 +5,11 @@
 //
 // (Of 2:4 by int8, whose products shuffle x: 8 columns of int8 a step, and + 128, see decode_24.h.)
 // One running pointer then serves all R rows; rows read where they lie, a power of two apart, would fight for one set of
-// the L1. Scales and sums of the quantised rows are (panel, block, R), t stays (row, rank). Padding rows and columns are 0.
+// the L1. x_scale and x_sum are (panel, block, R): of the quantised rows here what an integer sum counts, and where it starts; t stays (row, rank). Padding rows and columns are 0.
 #pragma once
 #include "../kernels.h"
 #include "prepare.h"
+#include "values.h"
 
 namespace calora {
 namespace {
@@ -91,6 +92,7 @@ void pack_int8(const LinearArgs& a, const X* x, int64_t rows, int64_t panel, int
     for (int64_t r = 0; r < R; ++r) {
       if (r < rows) {
         quantise_block<V>(x + r * a.w.in_features + k, valid, g.block_columns, codes, scale + r, sum + r);
+        scale[r] *= unit_of(a.w.values), sum[r] = sum_start<V>(a.w.values, a.w.zeros, sum[r]);
       } else {
         std::memset(codes, 0, static_cast<std::size_t>(g.block_columns));
         scale[r] = 0, sum[r] = 0;

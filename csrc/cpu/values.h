@@ -40,8 +40,15 @@ template <class V, Values values>
 constexpr int kOffset = values == Values::int4 ? kInt4Zero : values == Values::int8 || V::kVnni ? kInt8Zero : 0;
 
 // What an integer sum counts.
-template <Values values>
-constexpr float kUnit = values == Values::nf4 ? 1.0f / kNf4Parts : 1.0f;
+constexpr float unit_of(Values values) { return values == Values::nf4 ? 1.0f / kNf4Parts : 1.0f; }
+
+// Where the integer sum of a block starts, so that it ends without the offset of the codes: -offset * x_sum, which wraps as the sum does.
+// With zero points, which differ by row, -x_sum.
+template <class V>
+int32_t sum_start(Values values, bool zeros, int32_t x_sum) {
+  const int offset = zeros ? 1 : values == Values::int4 ? kOffset<V, Values::int4> : values == Values::nf4 ? kOffset<V, Values::nf4> : kOffset<V, Values::int8>;
+  return static_cast<int32_t>(-static_cast<uint32_t>(offset) * static_cast<uint32_t>(x_sum));
+}
 
 // The bytes that meet int8 activations, from nibbles.
 template <class V, Values values>
