@@ -47,22 +47,28 @@ inline void take_apart(const uint8_t* turn, int64_t turns, uint8_t* step, int32_
   }
 }
 
+// 8 columns by two registers.
+template <class V, int RS>
+inline __attribute__((always_inline)) void kept_step(typename V::I w0, typename V::I w1, typename V::I at0, typename V::I at1, const int8_t* x, typename V::I (&sum)[RS][2]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < RS; ++r) {
+    int64_t eight;
+    std::memcpy(&eight, x + kKeptStep * r, sizeof eight);
+    typename V::I columns;
+    repeat8(eight, columns);
+    const auto met0 = shuffle8(columns, at0), met1 = shuffle8(columns, at1);
+    if constexpr (V::kVnni) sum[r][0] = V::dot(sum[r][0], met0, w0), sum[r][1] = V::dot(sum[r][1], met1, w1);
+    else sum[r][0] = V::iadd16(sum[r][0], V::maddubs(met0, w0)), sum[r][1] = V::iadd16(sum[r][1], V::maddubs(met1, w1));
+    pin(sum[r][0], sum[r][1]);
+  }
+}
+
 // `steps` steps of registers `reg` and `reg + 1`: onto the sums of RS rows of a panel of R.
 template <class V, int RS, int R>
 inline __attribute__((always_inline)) void kept_steps(const uint8_t* step, int64_t steps, const int8_t* x, typename V::I (&sum)[RS][2]) {
   for (int64_t s = 0; s < steps; ++s, step += kKeptStepBytes, x += kKeptStep * R) {
     const auto w0 = V::iload(step), w1 = V::iload(step + V::kBytes), at0 = V::iload(step + 128), at1 = V::iload(step + 128 + V::kBytes);
-#pragma GCC unroll 12
-    for (int r = 0; r < RS; ++r) {
-      int64_t eight;
-      std::memcpy(&eight, x + kKeptStep * r, sizeof eight);
-      typename V::I columns;
-      repeat8(eight, columns);
-      const auto met0 = shuffle8(columns, at0), met1 = shuffle8(columns, at1);
-      if constexpr (V::kVnni) sum[r][0] = V::dot(sum[r][0], met0, w0), sum[r][1] = V::dot(sum[r][1], met1, w1);
-      else sum[r][0] = V::iadd16(sum[r][0], V::maddubs(met0, w0)), sum[r][1] = V::iadd16(sum[r][1], V::maddubs(met1, w1));
-      pin(sum[r][0], sum[r][1]);
-    }
+    kept_step<V, RS>(w0, w1, at0, at1, x, sum);
   }
 }
 
@@ -74,6 +80,20 @@ struct KeptPiece {
   const float* scale;      // (32) of the block
   const int32_t* weights;  // (32) their sums over the block, when it is the last piece
 };
+
+// y += scale_x * scale * (sum without the offset of x), of RS rows by two registers. weights: the sums of the block's weights.
+template <class V, int RS>
+inline __attribute__((always_inline)) void end_block(const typename V::I (&sum)[RS][2], typename V::I weights0, typename V::I weights1, const float* scale,
+                                                     const float* x_scale, float* y) {
+  const auto offset0 = V::template shl32<7>(weights0), offset1 = V::template shl32<7>(weights1);
+  const auto s0 = V::load(scale), s1 = V::load(scale + V::kLanes);
+#pragma GCC unroll 12
+  for (int r = 0; r < RS; ++r, y += kTileRows) {
+    const auto sx = V::set1(x_scale[r]);
+    V::store(y, V::fma(V::to_float(V::isub(sum[r][0], offset0)), V::mul(sx, s0), V::load(y)));
+    V::store(y + V::kLanes, V::fma(V::to_float(V::isub(sum[r][1], offset1)), V::mul(sx, s1), V::load(y + V::kLanes)));
+  }
+}
 
 // RS rows of a panel of R by the registers `reg` and `reg + 1` of a piece. x, x_scale, kept and y: of the first of the rows.
 template <class V, int RS, int R>
@@ -112,15 +132,7 @@ inline __attribute__((always_inline)) void kept_pair(const KeptPiece& p, int reg
     for (int r = 0; r < RS; ++r) V::istore(kept + r * kTileRows + n, sum[r][0]), V::istore(kept + r * kTileRows + n + L, sum[r][1]);
     return;
   }
-  const I offset0 = V::template shl32<7>(V::iload(p.weights + n)), offset1 = V::template shl32<7>(V::iload(p.weights + n + L));
-  const auto s0 = V::load(p.scale + n), s1 = V::load(p.scale + n + L);
-#pragma GCC unroll 12
-  for (int r = 0; r < RS; ++r) {
-    const auto sx = V::set1(x_scale[r]);
-    float* to = y + r * kTileRows + n;
-    V::store(to, V::fma(V::to_float(V::isub(sum[r][0], offset0)), V::mul(sx, s0), V::load(to)));
-    V::store(to + L, V::fma(V::to_float(V::isub(sum[r][1], offset1)), V::mul(sx, s1), V::load(to + L)));
-  }
+  end_block<V>(sum, V::iload(p.weights + n), V::iload(p.weights + n + L), p.scale + n, x_scale, y + n);
 }
 
 // A piece of a tile by one panel. With 16 registers up to five rows at a time: two sums each, and weights, shuffles, x, what they meet.
@@ -137,6 +149,34 @@ __attribute__((noinline)) void kept_panel(const KeptPiece& p, const int8_t* x, c
   }
 }
 
+// A block by a panel that is alone, where two registers are all: taken apart on the way, and not stored (512-bit stores take two cycles each).
+template <class V, Values values, int R>
+__attribute__((noinline)) void only_panel(const uint8_t* turn, int64_t turns, const float* scale, const int8_t* x, const float* x_scale, float* y) {
+  using I = typename V::I;
+  using Codes = TwoFourCodes<V, values>;
+  const I ones = V::iset1_8(1);
+  I sum[R][2], weights[2] = {V::izero(), V::izero()};
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::izero();
+  for (int64_t t = 0; t < turns; ++t, turn += turn_bytes(values), x += kTurnColumns * R) {
+    I lines[2][Codes::kLines], places[2], two[2][2];
+#pragma GCC unroll 4
+    for (int l = 0; l < Codes::kLines; ++l) lines[0][l] = V::iload(turn + l * 128), lines[1][l] = V::iload(turn + l * 128 + V::kBytes);
+    places[0] = V::iload(turn + Codes::kLines * 128), places[1] = V::iload(turn + Codes::kLines * 128 + V::kBytes);
+    auto step = [&](auto substep) __attribute__((always_inline)) {
+      constexpr int i = decltype(substep)::value;
+      constexpr int64_t kShare = turn_bytes(values) / 4;
+      for (int64_t b = i * kShare / kLine; b < (i + 1) * kShare / kLine; ++b) prefetch(turn + b * kLine + kPieceAhead);
+      const I w0 = Codes::template elements<i>(lines[0]), w1 = Codes::template elements<i>(lines[1]);
+      const I at0 = Codes::template shuffles<i>(places[0], two[0][i % 2]), at1 = Codes::template shuffles<i>(places[1], two[1][i % 2]);
+      weights[0] = V::dot(weights[0], ones, w0), weights[1] = V::dot(weights[1], ones, w1);
+      kept_step<V, R>(w0, w1, at0, at1, x + i * kKeptStep * R, sum);
+    };
+    step(Substep<0>()), step(Substep<1>()), step(Substep<2>()), step(Substep<3>());
+  }
+  end_block<V>(sum, weights[0], weights[1], scale, x_scale, y);
+}
+
 template <class V, Values values, int R, class U>
 void add_two_four(const LinearArgs& a, int64_t tile, U& u) {
   using Codes = TwoFourCodes<V, values>;
@@ -151,6 +191,11 @@ void add_two_four(const LinearArgs& a, int64_t tile, U& u) {
       V::store(scale + i * V::kLanes, V::mul(block_scale<V>(a.w, packed, i), V::set1(Codes::kUnit)));
       V::istore(weights + i * V::kLanes, V::izero());
     }
+    if constexpr (V::kVnni && V::kTileRegs == 2)
+      if (u.count == 1) {
+        only_panel<V, values, R>(packed, turns, scale, a.xq + (u.first * g.columns + b * g.block_columns) * R, a.x_scale + (u.first * g.blocks + b) * R, u.panel(0));
+        continue;
+      }
     for (int64_t t = 0; t < turns; t += kPieceTurns) {
       const int64_t count = turns - t < kPieceTurns ? turns - t : kPieceTurns;
       take_apart<V, values>(packed + t * turn_bytes(values), count, steps, weights);

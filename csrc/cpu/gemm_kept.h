@@ -30,10 +30,14 @@ Piece piece_of(const Weight& w, int64_t tile, int64_t block, int64_t k, int64_t 
   return {w, tile, (block * w.g.block_columns + k) / kTurnColumns, columns / kTurnColumns, mask, codes};
 }
 
-// R rows of x by the piece. expands: it puts the codes to their places on the way, and asks for what comes next; so the multiplications
-// wait for no expansion and for no memory.
-template <class V, bool pairs, bool expands, int R>
+// What a panel does with the codes of a piece: put them to their places on the way, and ask for what comes next, so that the multiplications wait
+// for no expansion and for no memory; the first of several leaves them in L1 for the others, which find them there.
+enum class Role { alone, first, later };
+
+// R rows of x by the piece.
+template <class V, bool pairs, Role role, int R>
 inline __attribute__((always_inline)) void kept_dots(const Piece& p, const int8_t* x, typename V::I (&sum)[R][2]) {
+  constexpr bool expands = role != Role::later;
   const auto high = V::iset1_8(static_cast<char>(0xf0)), middle = V::iset1_8(static_cast<char>(pairs ? 0x11 * kInt4Zero : kInt8Zero));
   const uint8_t* mask = p.mask;
   uint8_t* codes = p.codes;
@@ -43,7 +47,7 @@ inline __attribute__((always_inline)) void kept_dots(const Piece& p, const int8_
       if constexpr (!expands) return V::iload(codes);
       prefetch(from + kKeptAhead);
       const auto v = next_bytes(load_bits(mask), from, middle);
-      V::istore(codes, v);
+      if constexpr (role == Role::first) V::istore(codes, v);
       return v;
     };
     if (expands) prefetch(mask + kTurnsAhead), prefetch(mask + kTurnsAhead + (pairs ? 0 : 64));
@@ -60,7 +64,7 @@ inline __attribute__((always_inline)) void kept_dots(const Piece& p, const int8_
 }
 
 // A whole block in pairs.
-template <class V, bool expands, int R>
+template <class V, Role role, int R>
 __attribute__((noinline)) void pair_panel(const Piece& p, typename V::F first, typename V::F last, const int8_t* x, const float* unit, const int32_t* from, float* acc) {
   typename V::I sum[R][2];  // of whole bytes, and of high nibbles times 16: without the middles, as of int_pair
 #pragma GCC unroll 12
@@ -68,7 +72,7 @@ __attribute__((noinline)) void pair_panel(const Piece& p, typename V::F first, t
     const auto low = static_cast<uint32_t>(from[r]);
     sum[r][0] = V::iset1(static_cast<int32_t>(17 * low)), sum[r][1] = V::iset1(static_cast<int32_t>(16 * low));
   }
-  kept_dots<V, true, expands, R>(p, x, sum);
+  kept_dots<V, true, role, R>(p, x, sum);
   last = V::mul(last, V::set1(1.0f / 16));
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -80,12 +84,12 @@ __attribute__((noinline)) void pair_panel(const Piece& p, typename V::F first, t
 }
 
 // A piece of a row of int8: onto (R, 32) integer sums.
-template <class V, bool expands, int R>
+template <class V, Role role, int R>
 __attribute__((noinline)) void byte_panel(const Piece& p, const int8_t* x, int32_t* sums) {
   typename V::I sum[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sum[r][0] = V::iload(sums + r * kTileRows), sum[r][1] = V::iload(sums + r * kTileRows + V::kLanes);
-  kept_dots<V, false, expands, R>(p, x, sum);
+  kept_dots<V, false, role, R>(p, x, sum);
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) V::istore(sums + r * kTileRows, sum[r][0]), V::istore(sums + r * kTileRows + V::kLanes, sum[r][1]);
 }
@@ -100,7 +104,7 @@ void add_pairs(const LinearArgs& a, int64_t tile, U& u) {
     const auto first = block_scale<V>(a.w, packed, 0), last = block_scale<V>(a.w, packed, 1);
     for (int64_t i = 0; i < u.count; ++i) {
       const int64_t panel = u.first + i, at = (panel * g.blocks + b) * R;
-      const auto multiply = i ? pair_panel<V, false, R> : pair_panel<V, true, R>;
+      const auto multiply = i ? pair_panel<V, Role::later, R> : u.count > 1 ? pair_panel<V, Role::first, R> : pair_panel<V, Role::alone, R>;
       multiply(p, first, last, a.xq + (panel * g.columns + b * g.block_columns) * R, a.x_scale + at, a.x_sum + at, u.panel(i));
     }
   }
@@ -117,7 +121,7 @@ void add_kept_bytes(const LinearArgs& a, int64_t tile, U& u) {
   for (int64_t k = 0; k < g.columns; k += kKeptColumns) {
     const Piece p = piece_of<false>(a.w, tile, 0, k, g.columns - k < kKeptColumns ? g.columns - k : kKeptColumns, codes);
     for (int64_t i = 0; i < u.count; ++i) {
-      const auto multiply = i ? byte_panel<V, false, R> : byte_panel<V, true, R>;
+      const auto multiply = i ? byte_panel<V, Role::later, R> : u.count > 1 ? byte_panel<V, Role::first, R> : byte_panel<V, Role::alone, R>;
       multiply(p, a.xq + ((u.first + i) * g.columns + k) * R, sums + i * R * kTileRows);
     }
   }
