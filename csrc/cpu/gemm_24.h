@@ -13,7 +13,7 @@ namespace calora {
 namespace {
 
 constexpr int64_t kKeptStep = 8, kKeptStepBytes = 2 * 4 * kTileRows;  // columns; bytes
-constexpr int64_t kPieceTurns = 16;  // 16 KB, which stay in L1 for all panels
+constexpr int64_t kPieceTurns = 16;    // 16 KB, which stay in L1 for all panels
 constexpr int64_t kPieceAhead = 8192;  // bytes of packed weights: no stream goes on while a piece is multiplied
 
 // Turns of a tile, taken apart; and the sums of their weights, onto weights (32).
@@ -203,7 +203,7 @@ void add_two_four(const LinearArgs& a, int64_t tile, U& u) {
       for (int64_t i = 0; i < u.count; ++i) {
         const int64_t panel = u.first + i;
         kept_panel<V, R>(piece, a.xq + (panel * g.columns + b * g.block_columns + t * kTurnColumns) * R, a.x_scale + (panel * g.blocks + b) * R,
-                                    sums + i * R * kTileRows, u.panel(i));
+                         sums + i * R * kTileRows, u.panel(i));
       }
     }
   }
