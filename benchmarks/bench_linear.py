@@ -55,6 +55,9 @@ def targets(group: Group, name: str, timings: dict) -> list[tuple[str, float, fl
             at_least("of the read bandwidth", t.fraction, 0.85 if group.isa.startswith("avx512") else 0.80)
             at_least("x torch int4 + LoRA", t.speedup(timings["torch int4 g128" + LORA]), 1.8)
             at_least("x torch bf16", t.speedup(timings["torch bf16"]), 6.0)
+            for peer, goal in (("onnxruntime int4", 1.3), ("llama.cpp Q4_0", 1.1), ("llama.cpp Q4_K", 1.1)):
+                if peer + LORA in timings:
+                    at_least(f"x {peer} + LoRA", t.speedup(timings[peer + LORA]), goal)
         elif "bitsandbytes nf4" in timings:
             at_least("x bitsandbytes", t.speedup(timings["bitsandbytes nf4"]), 1.3)
     if group.m == 1 and name == "calora bf16" and large:
