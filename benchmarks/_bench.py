@@ -87,7 +87,7 @@ def measure(group: Group) -> dict[str, Timing]:
     done = subprocess.run([sys.executable, __file__, json.dumps(asdict(group))], env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"timing {group} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if line.startswith("left out")))
+    sys.stderr.write("".join(line + "\n" for line in done.stderr.splitlines() if "is left out" in line))
     return {name: Timing(**row) for name, row in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
@@ -120,7 +120,8 @@ def worker(group: Group) -> dict[str, Timing]:
     rows = cases(group)
     timings, calls, at = {}, {}, {}
     for name, row in rows.items():
-        row.call(0)  # lazy packing and allocation
+        for i in range(row.copies):  # what a copy makes at its first call
+            row.call(i)
         start = time.perf_counter()
         row.call(1)
         once = time.perf_counter() - start

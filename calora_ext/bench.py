@@ -6,7 +6,7 @@ the last-level cache (``measure``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .errors import CaloraError
 from .measure import copies_for, interleaved, last_level_cache
-from .peers import Forward, Peer, installed
+from .peers import Forward, Peer, aten, installed
 from .recipe import Recipe
 
 DENSE = tuple(Recipe(weights=w, **g) for w, g in (("int4", {"group_size": 128}), ("int4", {"group_size": 64}), ("nf4", {}), ("int8", {}), ("bf16", {})))
@@ -61,11 +61,11 @@ def compare(
     rows: int = 1,
     rank: int = 16,
     recipes: Sequence[Recipe] = DENSE + SPARSE,
-    others: Sequence[str] | None = None,
+    others: Mapping[str, Callable[[Tensor], Peer]] | None = None,
     seconds: float = 0.5,
     recovery_rank: int = 0,
 ) -> list[Row]:
-    """Time layers compressed by ``recipes`` on the current rung against ``others`` (names of :func:`peers.installed`, default all).
+    """Time layers compressed by ``recipes`` on the current rung against ``others``, by default :func:`peers.installed`.
 
     rows: of x, 1 for decoding. rank: of the LoRA; 0 times the layer without one only. recovery_rank: of recovery modules, which ours are
     timed with once more, beside that LoRA. seconds: per peer. Threads: torch's number.
@@ -78,17 +78,18 @@ def compare(
         copies = [peer.copy() for _ in range(copies_for(peer.nbytes))]
         x = torch.randn(rows, in_features).to(peer.dtype)
         for r, recovery in banks:
-            down, up = torch.randn(r + recovery, in_features).to(peer.dtype), torch.randn(out_features, r + recovery).to(peer.dtype)
             with_bank = partial(peer.with_lora, identity_rank=r) if recovery else peer.with_lora
             timed[name, r, recovery] = peer, isa
-            calls[name, r, recovery] = [partial(with_bank(forward, down, up) if r + recovery else forward, x) for forward in copies]
+            calls[name, r, recovery] = [
+                partial(with_bank(forward, *_factors(r + recovery, in_features, out_features, peer.dtype)) if r + recovery else forward, x)
+                for forward in copies
+            ]
 
     lora = [(rank, 0)] if rank else []
     for recipe in recipes:
         add(f"calora {name_of(recipe)}", _calora(recipe, weight), ops.native.isa(), [(0, 0), *lora] + [(rank, recovery_rank)] * bool(recovery_rank))
-    there = {} if others == () else installed(in_features, out_features)
-    for name in there if others is None else others:
-        add(name, there[name](weight), None, [(0, 0), *lora])
+    for name, build in (installed(in_features, out_features) if others is None else others).items():
+        add(name, build(weight), None, [(0, 0), *lora])
     probe = torch.ones(2 * last_level_cache(), dtype=torch.uint8)
     with torch.inference_mode():
         times = interleaved({**calls, "read": [partial(_read, probe)]}, seconds)
@@ -99,10 +100,16 @@ def compare(
     ]
 
 
+def _factors(rank: int, in_features: int, out_features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of each copy its own, as cold as the weight: (rank, in) and (out, rank)."""
+    return torch.randn(rank, in_features).to(dtype), torch.randn(out_features, rank).to(dtype)
+
+
 def fastest_product(seconds: float = 0.2) -> tuple[float, str]:
     """Operations a second in the fastest of some matrix products that the caches hold, 512 x 1024 by 1024 x 1024, and its name: torch's
     and ours on dense weights."""
-    rows = compare(1024, 1024, 512, 0, [Recipe(weights="int8"), Recipe(weights="bf16")], ["torch fp32", "torch bf16"], seconds)
+    torchs = {name: build for name, build in aten.peers(1024, 1024).items() if name in ("torch fp32", "torch bf16")}
+    rows = compare(1024, 1024, 512, 0, [Recipe(weights="int8"), Recipe(weights="bf16")], torchs, seconds)
     fastest = min(rows, key=lambda row: row.seconds)
     return fastest.operations / fastest.seconds, fastest.peer
 

@@ -13,8 +13,8 @@ namespace calora {
 enum class DType : int { f32 = 0, bf16 = 1 };
 enum class Activations : int { exact = 0, int8 = 1 };
 
-// M <= 8 streams the packed weight once ("decode"); above it is a blocked GEMM ("prefill") or, of some sparse weights, still a
-// decode: each tile by eight rows after the other.
+// Few rows stream the packed weight once ("decode": up to 4 to 8 of them, by format and rung); above it is a blocked GEMM ("prefill") or, of some
+// sparse weights, still a decode: each tile by eight rows after the other.
 constexpr int64_t kDecodeRows = 8;
 
 // How prefill cuts the rows of x: panels of equal height (what the registers of a micro-kernel hold; the last is padded),

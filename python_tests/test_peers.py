@@ -27,7 +27,8 @@ def test_computes_the_layer(name, rows):
             for forward in (first, second):
                 assert (forward(x).double() - want).norm() <= ERROR.get(name, 0.15) * want.norm()
             want = want + x.double() @ down.double().t() @ up.double().t()
-            y = peer.with_lora(first, down, up)(x)
+            adapted = peer.with_lora(first, down, up)
+            y = adapted(x)
             assert y.shape == (rows, out_features) and (y.double() - want).norm() <= ERROR.get(name, 0.15) * want.norm()
     assert weight.numel() // 2 <= peer.nbytes <= 4 * weight.numel()
 
@@ -41,8 +42,9 @@ def test_a_library_that_cannot_be_used_is_left_out_with_a_warning(tmp_path, monk
     (tmp_path / "lib" / "libggml.so").write_text("no library")
     spec = importlib.machinery.ModuleSpec("llama_cpp", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(peers.ggml, "find_spec", lambda name: spec)
-    peers.ggml._library.cache_clear()
+    forget = lambda: [made.cache_clear() for made in (peers.ggml._library, peers.ggml._cpu)]  # noqa: E731
+    forget()
     with pytest.warns(UserWarning, match="llama.cpp is left out"):
         assert not any(name.startswith("llama.cpp") for name in peers.installed(*SHAPE))
-    peers.ggml._library.cache_clear()
+    forget()
     assert "llama_cpp" not in sys.modules

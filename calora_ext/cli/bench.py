@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -56,7 +57,7 @@ def bench(
             for name in chosen:
                 with timing.rung(name), timing.threads(count):
                     timings += timing.compare(in_features, out_features, rows, rank, others=others, seconds=seconds, recovery_rank=recovery_rank)
-                others = ()
+                others = {}
                 bar.update()
     table = [
         (f"{t.out_features}x{t.in_features}", t.peer + (f" ({t.isa})" if t.isa else ""), t.threads, t.rows,
@@ -86,6 +87,9 @@ def _threads(given: str | None) -> list[int | None]:
     counts = given.split(",")
     if not all(re.fullmatch(r"\s*[1-9]\d{0,3}\s*", count) for count in counts):
         raise CaloraError(f"--threads is a number of threads, several separated by commas, got {given!r}")
+    most = os.cpu_count() or 1
+    if max(map(int, counts)) > most:
+        raise CaloraError(f"--threads goes up to {most}, the processors of this machine, got {given!r}")
     return [int(count) for count in counts]
 
 

@@ -10,7 +10,7 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from .. import bench, peers
+from .. import bench
 from ..adaptation import Lora, Recovery, Settings, adapt
 from ..adapters import delete_adapter, disable_adapters, load_adapter, save_adapter, set_adapter
 from ..errors import CaloraError
@@ -21,6 +21,7 @@ from ..integrations.models import compress, load, set_activations
 from ..io.batches import token_stream
 from ..io.checkpoint import read_headers, shard_paths
 from ..io.data import read_records
+from ..peers import aten
 from ..recipe import Recipe
 from .plan import ARMS, DENSE, FORMATS, TASK_TITLES, TASKS, Plan, file_name
 from .results import LEARNING_RATE, Row, Rows, packaged
@@ -193,7 +194,7 @@ class _Story:
 
     def _kernels(self) -> list[dict]:
         recipes = [Recipe(weights="int4", group_size=128), Recipe(weights="int4", sparsity="2:4"), Recipe(weights="int4", sparsity=0.7)]
-        others = [name for name in peers.installed(*LAYER) if name in ("torch fp32", "torch bf16", "torch int4 g128")]
+        others = {name: build for name, build in aten.peers(*LAYER).items() if name != "torch dynamic int8"}
         rows = bench.compare(*LAYER, rows=1, rank=16, recipes=recipes, others=others, seconds=self.plan.bench_seconds)
         return [row.to_dict() for row in rows]
 

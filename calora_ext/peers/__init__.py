@@ -25,7 +25,8 @@ def beside(forward: Forward, down: Tensor, up: Tensor) -> Forward:
 @dataclass(frozen=True)
 class Peer:
     """A way to compute the layer. dtype: of x and of a LoRA. nbytes: of one stored weight. copy(): a forward with a weight of its own.
-    with_lora(forward, down, up): the same with a LoRA. Threads are torch's number at the time of copy() and with_lora()."""
+    with_lora(forward, down, up): the same with a LoRA. Threads are torch's number at the time of copy() and with_lora(). A y may be the
+    forward's own memory: it is good until the next call, and no longer than the forward."""
 
     dtype: torch.dtype
     nbytes: int
@@ -44,7 +45,7 @@ def installed(in_features: int, out_features: int) -> dict[str, Callable[[Tensor
     for module in (aten, bitsandbytes, onnxruntime, ggml):
         try:
             there |= module.peers(in_features, out_features)
-        except (ImportError, OSError, AttributeError) as broken:  # a library that is not what it was
+        except (ImportError, OSError, AttributeError, RuntimeError) as broken:  # a library that is not what it was
             warnings.warn(f"{module.NAME} is left out: {broken}", stacklevel=2)
     return there
 

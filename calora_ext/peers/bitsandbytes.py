@@ -16,6 +16,8 @@ NAME = "bitsandbytes"
 def peers(in_features: int, out_features: int) -> dict[str, Callable[[Tensor], Peer]]:
     if find_spec("bitsandbytes") is None or in_features % 64:  # else its CPU kernel fails, or takes the wrong scales
         return {}
+    import bitsandbytes.nn  # noqa: F401  what is broken says so here
+
     return {"bitsandbytes nf4": _nf4}
 
 

@@ -29,13 +29,13 @@ CPU = 0  # enum ggml_backend_dev_type
 def peers(in_features: int, out_features: int) -> dict[str, Callable[[Tensor], Peer]]:
     if _path() is None:
         return {}
-    _library()
+    _cpu()
     return {f"llama.cpp {name}": partial(_peer, number) for name, (number, block) in TYPES.items() if in_features % block == 0}
 
 
 def _path() -> Path | None:
     spec = find_spec("llama_cpp")
-    found = () if spec is None else sorted((Path(spec.origin).parent / "lib").glob("*ggml.*"))
+    found = () if spec is None or spec.origin is None else sorted((Path(spec.origin).parent / "lib").glob("*ggml.*"))
     return next((path for path in found if path.suffix in (".so", ".dylib", ".dll")), None)
 
 
@@ -68,7 +68,6 @@ def _library() -> ctypes.CDLL:
         ("ggml_backend_dev_buffer_type", c_void_p, c_void_p),
         ("ggml_backend_dev_supports_op", c_bool, c_void_p, c_void_p),
         ("ggml_backend_reg_get_proc_address", c_void_p, c_void_p, c_char_p),
-        ("ggml_backend_buft_name", c_char_p, c_void_p),
         ("ggml_backend_alloc_ctx_tensors_from_buft", c_void_p, c_void_p, c_void_p),
         ("ggml_backend_buffer_free", None, c_void_p),
         ("ggml_backend_tensor_set", None, c_void_p, c_void_p, c_size_t, c_size_t),
@@ -93,6 +92,8 @@ class _Cpu(NamedTuple):
 def _cpu() -> _Cpu:
     g = _library()
     device = g.ggml_backend_dev_by_type(CPU)
+    if not device:
+        raise OSError("its library has no CPU device")
     registry = g.ggml_backend_dev_backend_reg(device)
     address = partial(g.ggml_backend_reg_get_proc_address, registry)
     set_threads = ctypes.CFUNCTYPE(None, c_void_p, c_int)(address(b"ggml_backend_set_n_threads"))
@@ -101,7 +102,6 @@ def _cpu() -> _Cpu:
         listed = ctypes.CFUNCTYPE(ctypes.POINTER(c_void_p), c_void_p)(extra)(device)
         while listed and listed[len(types)]:  # ends with a null
             types.append(listed[len(types)])
-    types = [t for t in types if b"REPACK" in g.ggml_backend_buft_name(t)]
     return _Cpu(device, g.ggml_backend_dev_init(device, None), [*types, g.ggml_backend_dev_buffer_type(device)], set_threads)
 
 
@@ -181,7 +181,7 @@ class _Graph:
                 self.build(len(x))
             _set(self.input, x)
             self.x = x
-            cpu.set_threads(cpu.backend, self.threads)
+            cpu.set_threads(cpu.backend, self.threads)  # of the shared backend: graphs of other numbers do not take turns with this one
         g.ggml_backend_graph_compute(cpu.backend, self.graph)
         return self.y
 

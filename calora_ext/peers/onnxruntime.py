@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +18,21 @@ BLOCK = 128
 def peers(in_features: int, out_features: int) -> dict[str, Callable[[Tensor], Peer]]:
     if find_spec("onnxruntime") is None or find_spec("onnx") is None or in_features % BLOCK:
         return {}
+    import onnx  # noqa: F401  what is broken says so here
+
+    if _threads() != torch.get_num_threads():
+        raise RuntimeError(f"its threads are a process's, here {_threads()}; time {torch.get_num_threads()} by a process of their own")
     return {"onnxruntime int4": _matmul_nbits}
+
+
+@cache
+def _threads() -> int:
+    """Threads of the one pool that all sessions share (a pool for each of hundreds would spin beside its peers): torch's number at the first use."""
+    import onnxruntime
+
+    threads = torch.get_num_threads()
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+    return threads
 
 
 def _matmul_nbits(weight: Tensor) -> Peer:
@@ -54,7 +69,7 @@ class _Session:
         graph = helper.make_graph(nodes, "layer", *ends, [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in held.items()])
         opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.use_per_session_threads = False
         model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self.binding, self.x, self.y = self.session.io_binding(), None, None

@@ -84,7 +84,7 @@ struct MaskPath {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const int offset = (values == Values::int8 ? kInt8Zero : kInt4Zero) * a.x_sum[m * blocks + block];
-        const I all = kChains == 2 ? V::iadd(sums.products[0][m][i], sums.products[kChains - 1][m][i]) : sums.products[0][m][i];
+        const I all = V::iadd(sums.products[0][m][i], sums.products[1][m][i]);
         y[m][i] = V::fma(V::to_float(V::isub(all, V::iset1(offset))), V::mul(scale, V::set1(a.x_scale[m * blocks + block])), y[m][i]);
       }
     }
@@ -147,8 +147,7 @@ struct PairPath {
     const auto first = block_scale<V>(a.w, p, 0), last = V::mul(block_scale<V>(a.w, p, 1), V::set1(1.0f / 16));
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      I both = sums.products[0][m][0], upper = sums.products[0][m][1];
-      if constexpr (kChains == 2) both = V::iadd(both, sums.products[1][m][0]), upper = V::iadd(upper, sums.products[1][m][1]);
+      const I both = V::iadd(sums.products[0][m][0], sums.products[1][m][0]), upper = V::iadd(sums.products[0][m][1], sums.products[1][m][1]);
       const int offset = kInt4Zero * a.x_sum[m * blocks + block];
       const auto x_scale = V::set1(a.x_scale[m * blocks + block]);
       y[m][0] = V::fma(V::to_float(V::isub(V::isub(both, upper), V::iset1(offset))), V::mul(first, x_scale), y[m][0]);

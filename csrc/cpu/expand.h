@@ -1,5 +1,5 @@
-// Sparse weights -> the codes of the dense layout of the same value type. Prefill, backward and the exact kernels then need
-// to know nothing of patterns: expanding is the only thing that differs between formats.
+// Sparse weights -> the codes of the dense layout of the same value type. Backward, the exact kernels and prefill, but for what meets int8
+// activations faster as it is kept (gemm_24.h, gemm_kept.h), then need to know nothing of patterns.
 #pragma once
 #include "../kernels.h"
 

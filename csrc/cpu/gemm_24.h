@@ -191,7 +191,7 @@ void add_two_four(const LinearArgs& a, int64_t tile, U& u) {
       V::store(scale + i * V::kLanes, V::mul(block_scale<V>(a.w, packed, i), V::set1(Codes::kUnit)));
       V::istore(weights + i * V::kLanes, V::izero());
     }
-    if constexpr (V::kVnni && V::kTileRegs == 2)
+    if constexpr (values == Values::int4 && V::kVnni && V::kTileRegs == 2)
       if (u.count == 1) {
         only_panel<V, values, R>(packed, turns, scale, a.xq + (u.first * g.columns + b * g.block_columns) * R, a.x_scale + (u.first * g.blocks + b) * R, u.panel(0));
         continue;

@@ -3,9 +3,10 @@
 //   panel  =  step 0: row 0 | row 1 | ... | row R-1,  step 1: row 0 | ...        4 bytes a row and step:
 //             4 int8 columns,  or 1 fp32 column,  or 2 bf16 columns
 //
-// (Of 2:4 by int8, whose products shuffle x: 8 columns of int8 a step, and + 128, see decode_24.h.)
+// (Of 2:4 by int8, whose products shuffle x: 8 columns of int8 a step, and + 128, see decode_24.h; padding is 128 then.)
 // One running pointer then serves all R rows; rows read where they lie, a power of two apart, would fight for one set of
-// the L1. x_scale and x_sum are (panel, block, R): of the quantised rows here what an integer sum counts, and where it starts; t stays (row, rank). Padding rows and columns are 0.
+// the L1. x_scale and x_sum, (panel, block, R), here are what an integer sum of a quantised row counts, and where it starts; t stays
+// (row, rank). Padding rows and columns are 0.
 #pragma once
 #include "../kernels.h"
 #include "prepare.h"

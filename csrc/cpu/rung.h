@@ -19,8 +19,10 @@ int64_t most_decoded_rows(const LinearArgs& a) {
   const bool int8 = a.activations == Activations::int8;
   if (a.w.pattern == Pattern::dense) return most_dense_rows<V>(values, a.activations);
   if (a.w.pattern == Pattern::two_four && int8) return most_two_four_rows<V>(values);
-#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
+#ifdef __AVX512VBMI2__
   if (has_kept(a.w.pattern) && int8) return kKeptRows;
+#endif
+#if defined(__AVX512VBMI2__) && defined(__AVX512BF16__)
   if (a.activations == Activations::exact && a.x_dtype == DType::bf16 && values == Values::bf16) {
     if (a.w.pattern == Pattern::two_four) return kMaxRows;
     if (a.w.pattern == Pattern::bitmask) return 16;
