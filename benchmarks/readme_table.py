@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SHAPE = (4096, 11008)  # in and out of a 7B Llama's MLP
 LORA = " + LoRA r16"
 ROWS = ("calora int4 g128", "calora int4 g64", "calora nf4 g64", "calora int8", "calora bf16", "torch int4 g128", "torch dynamic int8", "bitsandbytes nf4",
-        "onnxruntime int4", "llama.cpp Q4_0", "llama.cpp Q4_K", "llama.cpp Q8_0", "torch bf16", "torch fp32")  # fmt: skip
+        "onnxruntime int4", "llama.cpp Q4_0", "llama.cpp Q4_K", "torch bf16")  # fmt: skip
 
 
 def speed(results: dict) -> str:
