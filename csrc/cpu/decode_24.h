@@ -91,7 +91,7 @@ struct TwoFourPath {
   // ahead where arithmetic takes longer than memory, which would be too much where it does not, and one tile after the other
   // where it takes longest (benchmarks/NOTES.md).
   static constexpr bool kFar = V::kVnni && (values == Values::int8 ? V::kLanes == 8 || M > 1 : V::kLanes == 16 && M >= 4);
-  static constexpr bool kAlone = V::kVnni && V::kLanes == 16 && values == Values::int8 && M >= 4;
+  static constexpr bool kAlone = V::kVnni && V::kLanes == 16 && values == Values::int8 && M > 1;
   static constexpr int64_t kTiles = kAlone ? 1 : values == Values::int4 && M == 1 ? kOddStreams : kStreams;
   static constexpr int64_t kVisit = kAlone ? 4 : kFar == (values == Values::int8) ? 2 : 1, kTurnAhead = kFar ? 4096 : kAhead;
 
