@@ -1,6 +1,6 @@
-// Decode (of up to kDecodeRows rows at a time; rung.h says of how many) of sparse patterns. int8 activations meet the kept weights as they stream by, in a way that is
-// each pattern's own (decode_24.h, decode_bitmask.h), and so does bf16 x bf16 weights where there is vdpbf16ps
-// (decode_sparse_bf16.h); other exact activations meet expanded weights, 128 columns of a tile at a time in L1.
+// Decode (of up to kDecodeRows rows at a time; rung.h says of how many) of sparse patterns. int8 activations meet the kept weights as
+// they stream by, in a way that is each pattern's own (decode_24.h, decode_bitmask.h), and so does bf16 x bf16 weights where there is
+// vdpbf16ps (decode_sparse_bf16.h); other exact activations meet expanded weights, 128 columns of a tile at a time in L1.
 //
 //   Path::kTiles runs of tiles, as dense weights have them (decode.h) -> blocks -> visits of Path::kVisit turns of 32 columns, a
 //   tile of each run in turn
@@ -8,8 +8,8 @@
 // A path multiplies a visit to one tile and ends a block. Lines are loaded in the order of their addresses: the processor's own
 // prefetching follows that order, and what decides the speed from memory is how well it does (a factor of 2; NOTES.md).
 //
-// Kernels come for 1, 2, 4 and, where so many are decoded, 8 rows of x; 3 and 5 to 7 take the next one, whose last rows are computed and thrown away:
-// the workspace always has a multiple of kDecodeRows rows.
+// Kernels come for 1, 2, 4 and, where so many are decoded, 8 rows of x; 3 and 5 to 7 take the next one, whose last rows are computed
+// and thrown away: the workspace always has a multiple of kDecodeRows rows.
 #pragma once
 #include "decode_24.h"
 #include "decode_bitmask.h"
